@@ -1,0 +1,50 @@
+# make train: from a clean clone to a trained model.   make test: every notebook and every test.
+VENV    := .venv
+BIN     := $(VENV)/bin
+PYTHON  ?= python3
+WORKERS ?= 2
+DATA    ?= ../shared/data/dsb2018_stage1_train.zip
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv train nuclei test lab readme clean
+
+help:
+	@echo 'make venv     the environment in $(VENV) (about 6 GB, a few minutes)'
+	@echo 'make train    train on the shapes, results in runs/shapes'
+	@echo 'make nuclei   train on real nuclei, DATA=folder or zip, results in runs/nuclei'
+	@echo 'make test     run every notebook, then pytest'
+	@echo 'make lab      open the notebooks'
+	@echo 'make readme   write README.md from nbs/index.ipynb'
+	@echo 'make clean    remove caches and build leftovers'
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+train: venv
+	$(BIN)/maskrcnn-edu train shapes --out runs/shapes
+
+nuclei: venv
+	$(BIN)/maskrcnn-edu train nuclei --data $(DATA) --out runs/nuclei
+
+# one thread a worker, so that the workers do not fight for the cores
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: venv
+	$(BIN)/nbdev-test --n_workers $(WORKERS) --timing
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests
+
+lab: venv
+	$(BIN)/nbdev-trust
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+readme: venv
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
