@@ -6,12 +6,12 @@
 __all__ = ['CLASSES', 'LEVELS', 'DataError', 'Instances', 'tight', 'crop_boxes', 'runs', 'Sample', 'draw_mask', 'Level', 'thin',
            'place_shapes', 'stripes', 'draw_shapes', 'paint', 'modal', 'make_shapes', 'Fault', 'InstanceDataset',
            'to_uint8', 'read_image', 'rgb', 'write_atomic', 'png_bytes', 'coco_dict', 'write_coco', 'CocoImage',
-           'load_json', 'by_id', 'find_images', 'image_size', 'coco_image', 'coco_rle', 'read_mask', 'fit_box',
-           'read_object', 'CocoReader', 'read_coco', 'check_size', 'cache_folder', 'file_key', 'check_members',
-           'build_folder', 'open_data', 'unpack', 'split_files', 'join', 'same_classes', 'load_splits',
-           'make_shapes_data', 'shapes_folder', 'check', 'probe']
+           'load_json', 'by_id', 'find_images', 'image_size', 'coco_image', 'unpack_counts', 'coco_rle', 'read_mask',
+           'fit_box', 'four_numbers', 'read_object', 'CocoReader', 'read_coco', 'check_size', 'cache_folder',
+           'file_key', 'check_members', 'build_folder', 'open_data', 'unpack', 'split_files', 'join', 'same_classes',
+           'load_splits', 'make_shapes_data', 'shapes_folder', 'check', 'probe']
 
-# %% ../nbs/02_shapes.ipynb #1b91ff6a
+# %% ../nbs/02_shapes.ipynb #f78302dd
 import hashlib, io, json, math, os, shutil, stat, struct, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from scipy.ndimage import find_objects
 
 import maskrcnn_edu
 
-# %% ../nbs/02_shapes.ipynb #75cacedf
+# %% ../nbs/02_shapes.ipynb #7ca7f839
 class DataError(ValueError):
     "Bad data: the message names the file, the fault and what to do"
 
@@ -40,7 +40,7 @@ class Instances:
 
     def __len__(self): return len(self.labels)
 
-# %% ../nbs/02_shapes.ipynb #45d73b59
+# %% ../nbs/02_shapes.ipynb #5fa233fb
 def tight(
     mask, # (H,W) bool
 ): # (h,w) bool crop, its y, its x
@@ -91,7 +91,7 @@ def __getitem__(self: Instances,
     return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crops=[self.crops[i] for i in keep],
         origins=self.origins[keep], scores=None if self.scores is None else self.scores[keep])
 
-# %% ../nbs/02_shapes.ipynb #2cfcf27a
+# %% ../nbs/02_shapes.ipynb #0feacf97
 @patch
 def label_map(self: Instances): # (H,W) int32
     "0 for background, i+1 for object i; in an overlap the higher score wins, without scores the later one"
@@ -116,7 +116,7 @@ def from_label_map(cls: Instances,
     crops = [compact[s] == i + 1 for i, s in enumerate(slices)]
     return cls(compact.shape, crop_boxes(crops, origins), np.full(len(crops), label, np.int64), crops, origins)
 
-# %% ../nbs/02_shapes.ipynb #0661f9ba
+# %% ../nbs/02_shapes.ipynb #7dbd2dbf
 @patch
 def window(self: Instances,
     y, # pixels, first row of the window; may be negative
@@ -136,7 +136,7 @@ def window(self: Instances,
     some = self[np.array(kept, int)]
     return replace(some, size=(h, w), crops=crops, origins=origins, boxes=crop_boxes(crops, origins))
 
-# %% ../nbs/02_shapes.ipynb #0d107e96
+# %% ../nbs/02_shapes.ipynb #bf67bdbe
 def runs(
     crop, # (h,w) bool
     origin, # y, x
@@ -147,7 +147,8 @@ def runs(
     strip = np.zeros((crop.shape[1], H), bool)  # the columns that the crop touches, transposed
     strip[:, y:y + crop.shape[0]] = crop.T
     edges = np.flatnonzero(np.diff(strip.ravel(), prepend=False, append=False)) + x * H
-    return np.diff(edges, prepend=0, append=H * W).tolist()
+    counts = np.diff(edges, prepend=0, append=H * W).tolist()
+    return counts if counts[-1] or len(counts) == 1 else counts[:-1]
 
 @patch
 def rles(self: Instances): # list of {'size': [H,W], 'counts': str}
@@ -157,7 +158,7 @@ def rles(self: Instances): # list of {'size': [H,W], 'counts': str}
     packed = [coco_mask.frPyObjects(p, *size) for p in plain]
     return [{'size': size, 'counts': p['counts'].decode()} for p in packed]
 
-# %% ../nbs/02_shapes.ipynb #3d4feb3b
+# %% ../nbs/02_shapes.ipynb #9265e67d
 CLASSES = ['background', 'square', 'circle', 'triangle']
 
 @dataclass
@@ -182,7 +183,7 @@ def draw_mask(
     if label == 2: return dy ** 2 + dx ** 2 <= half ** 2
     return (dy <= half) & (abs(dx) <= (dy + half) / math.sqrt(3))  # sides of equal length
 
-# %% ../nbs/02_shapes.ipynb #14abeec7
+# %% ../nbs/02_shapes.ipynb #4522130d
 @dataclass(frozen=True)
 class Level:
     "How hard the drawings are; the classic set by default"
@@ -199,7 +200,7 @@ LEVELS = dict(classic=Level(), noise=Level(noise=25.), texture=Level(texture=Tru
     crowded=Level(n_max=16, half_min=6, fraction=10, margin=6),
     hard=Level(n_max=12, half_min=8, fraction=8, margin=8, noise=20., texture=True, rotate=True))
 
-# %% ../nbs/02_shapes.ipynb #75bee06e
+# %% ../nbs/02_shapes.ipynb #28d551f2
 def thin(
     boxes, # (n,4) xywh
     overlap, # IoU
@@ -233,7 +234,7 @@ def stripes(
     y, x = np.mgrid[:size, :size]
     return .8 + .2 * np.sin(ky * y + kx * x + phase)[..., None]
 
-# %% ../nbs/02_shapes.ipynb #f5f2dfc7
+# %% ../nbs/02_shapes.ipynb #b8cfe44d
 def draw_shapes(
     rng, # numpy Generator
     size=128, # pixels, side of the image
@@ -283,7 +284,7 @@ def make_shapes(
     tag = level if isinstance(level, str) else 'custom'
     return [draw_shapes(np.random.default_rng([seed, i]), size, level, f'{tag}_{seed}_{i:04d}') for i in range(n)]
 
-# %% ../nbs/02_shapes.ipynb #abea00e2
+# %% ../nbs/02_shapes.ipynb #81719ef1
 @dataclass(frozen=True)
 class Fault:
     "Something wrong in the data, and what was done about it"
@@ -329,7 +330,7 @@ class InstanceDataset:
         for i in range(len(self)): self[i]
         return self
 
-# %% ../nbs/02_shapes.ipynb #9b54ad70
+# %% ../nbs/02_shapes.ipynb #5b75ad39
 def to_uint8(
     pixels, # (H,W) or (H,W,C), more than 8 bits
 ): # same shape, uint8
@@ -358,7 +359,7 @@ def rgb(
     if im.mode in ('P', 'PA'): im = im.convert('RGBA')
     return np.array(im.convert('RGB'))
 
-# %% ../nbs/02_shapes.ipynb #cc09e7c3
+# %% ../nbs/02_shapes.ipynb #adc2c8a1
 def write_atomic(
     path, # of the file
     data, # bytes
@@ -405,7 +406,7 @@ def write_coco(
     write_atomic(path, (json.dumps(coco_dict(samples, classes), separators=(',', ':')) + '\n').encode())
     return path
 
-# %% ../nbs/02_shapes.ipynb #9f411f31
+# %% ../nbs/02_shapes.ipynb #977b42b1
 @dataclass(eq=False)
 class CocoImage:
     "One image of a COCO json"
@@ -473,7 +474,23 @@ def coco_image(
         raise DataError(f'{path}: the image is {size[0]}x{size[1]} pixels (height x width) but {json_path} says {stated[0]}x{stated[1]}; correct one of them')
     return CocoImage(str(Path(row['file_name']).with_suffix('')), path, size, [])
 
-# %% ../nbs/02_shapes.ipynb #fcd4c913
+# %% ../nbs/02_shapes.ipynb #a514e5a7
+def unpack_counts(
+    text, # packed run lengths
+): # list of int
+    "Run lengths from COCO's string: 5 bits a character, low bits first, from the fourth run on as a difference to two runs before"
+    counts, value, shift = [], 0, 0
+    for c in text.encode():
+        if not 48 <= c < 112: raise ValueError('a character that no run length has')
+        value |= (c - 48 & 31) << shift
+        shift += 5
+        if c - 48 & 32: continue  # more bits follow
+        if c - 48 & 16: value -= 1 << shift  # negative
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
+
+# %% ../nbs/02_shapes.ipynb #56bbdbec
 def coco_rle(
     segmentation, # polygons, RLE or uncompressed RLE
     size, # (H,W)
@@ -487,10 +504,9 @@ def coco_rle(
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     if tuple(segmentation['size']) != tuple(size):
         raise DataError(f"{where}: the mask is {'x'.join(map(str, segmentation['size']))} but the image is {size[0]}x{size[1]}; export the masks in the image's size")
-    if isinstance(segmentation['counts'], list):
-        if sum(segmentation['counts']) != size[0] * size[1]: raise ValueError('run lengths that do not add up to the image')
-        return coco_mask.frPyObjects(segmentation, *size)
-    return segmentation
+    counts = segmentation['counts'] if isinstance(segmentation['counts'], list) else unpack_counts(segmentation['counts'])
+    if sum(counts) != size[0] * size[1] or min(counts) < 0: raise ValueError('run lengths that do not add up to the image')
+    return coco_mask.frPyObjects(dict(size=list(size), counts=counts), *size)
 
 def read_mask(
     segmentation, # polygons, RLE or uncompressed RLE
@@ -511,6 +527,7 @@ def fit_box(
 ): # (4,) xyxy or None, fault or None, action
     "The box of an object: the json's where it is sound, else the mask's"
     if bbox is None: return extent, None, ''
+    if not four_numbers(bbox): return extent, 'box is not four numbers', 'box taken from the mask'
     x, y, w, h = np.asarray(bbox, float)
     box = np.array([x, y, x + w, y + h])
     inside = box.clip(0, [size[1], size[0]] * 2)
@@ -519,6 +536,10 @@ def fit_box(
     if abs(inside - box).max() > 1: return extent if far else inside, 'box reaches out of the image', 'clipped'
     if far: return extent, 'box does not fit its mask', 'box taken from the mask'
     return inside, None, ''
+
+def four_numbers(x):
+    "Is this a sound bbox?"
+    return isinstance(x, (list, tuple)) and len(x) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
 
 def read_object(
     row, # an annotation of the json
@@ -536,7 +557,7 @@ def read_object(
     faults = [Fault(file, f'{where}: {fault}', action)] if fault else []
     return None if box is None else (mask, box), faults
 
-# %% ../nbs/02_shapes.ipynb #cf9d60b6
+# %% ../nbs/02_shapes.ipynb #f418951a
 @dataclass
 class CocoReader:
     "Reads one image of a COCO json with its objects"
@@ -582,7 +603,7 @@ def check_size(
     if size is not None and tuple(size) != record.size:
         raise DataError(f"{record.path}: the mask of annotation {row['id']} is {size[0]}x{size[1]} but the image is {record.size[0]}x{record.size[1]}; export the masks in the image's size")
 
-# %% ../nbs/02_shapes.ipynb #3afa293e
+# %% ../nbs/02_shapes.ipynb #2b4497c0
 def cache_folder(): # path
     "Where this library keeps what it can make again; MASKRCNN_EDU_CACHE moves it"
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
@@ -649,7 +670,7 @@ def unpack(
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
         raise DataError(f'{path}: the zip is damaged ({e}); copy or make it again') from None
 
-# %% ../nbs/02_shapes.ipynb #032d054e
+# %% ../nbs/02_shapes.ipynb #68541778
 def split_files(
     folder, # COCO folder
 ): # train json or None, valid json or None, all jsons
@@ -689,7 +710,7 @@ def load_splits(
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n]))
 
-# %% ../nbs/02_shapes.ipynb #38b19d3a
+# %% ../nbs/02_shapes.ipynb #7c9408c7
 def make_shapes_data(
     folder, # gets images/ and annotations/
     n_train=500, # images
@@ -707,7 +728,7 @@ def shapes_folder(): # path
     folder = cache_folder()/'shapes_data_1'
     return folder if folder.is_dir() else build_folder(folder, make_shapes_data)
 
-# %% ../nbs/02_shapes.ipynb #a6045720
+# %% ../nbs/02_shapes.ipynb #f3cbfa68
 def check(
     source, # InstanceDataset, or a COCO folder or zip
 ): # list of Fault
