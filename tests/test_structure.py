@@ -163,13 +163,27 @@ def test_the_diagram_is_the_one_that_its_script_draws():
         assert path.read_text(encoding='utf-8') == overview.draw(), f'{name(path)}: run `python tools/overview.py`'
 
 
-def test_readme_is_in_step_with_the_index():
+@pytest.fixture
+def readme():
     spec = importlib.util.spec_from_file_location('readme', root/'tools/readme.py')
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    assert (root/'README.md').read_text(encoding='utf-8') == readme.text(), 'run `make readme`'
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_readme_is_in_step_with_the_index(readme):
+    text, pictures = readme.convert()
+    assert (root/'README.md').read_text(encoding='utf-8') == text, 'run `make readme`'
+    for file, content in pictures.items(): assert (root/file).read_bytes() == content, f'{file}: run `make readme`'
+
+def test_results_in_the_readme_are_those_of_the_json(monkeypatch):
+    code, = (c for c in cells(root/'nbs/index.ipynb', 'code') if 'def results_table' in c)
+    monkeypatch.chdir(root/'nbs')
+    space = {}
+    exec(code, space)
+    assert space['results_table']().data in (root/'README.md').read_text(encoding='utf-8'), 'run `make readme`'
 
 def test_links_of_the_readme_lead_somewhere():
-    text = (root/'README.md').read_text(encoding='utf-8')
-    targets = [t for t in re.findall(r'\]\(([^)#]+)[^)]*\)|(?:src|href)="([^"#]+)"', text) for t in t if t]
-    assert targets and not [t for t in targets if not t.startswith('http') and not (root/t).exists()]
+    targets = re.findall(r'\]\(([^)#]+)', (root/'README.md').read_text(encoding='utf-8'))
+    here = [t for t in targets if not t.startswith('http')]
+    assert not [t for t in here if not (root/t).exists()]
+    assert {name(p) for p in numbered if re.match(r'\d\d_', p.name)} <= set(here), 'a notebook is not in the table'
