@@ -35,7 +35,7 @@ nuclei: venv
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: venv
-	$(BIN)/nbdev-test --n_workers $(WORKERS) --timing
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests
 
 lab: venv
