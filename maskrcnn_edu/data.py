@@ -11,7 +11,7 @@ __all__ = ['CLASSES', 'LEVELS', 'DataError', 'Instances', 'tight', 'crop_boxes',
            'file_key', 'check_members', 'build_folder', 'open_data', 'unpack', 'split_files', 'join', 'same_classes',
            'load_splits', 'make_shapes_data', 'shapes_folder', 'check', 'probe']
 
-# %% ../nbs/02_shapes.ipynb #f78302dd
+# %% ../nbs/02_shapes.ipynb #afb8cfab
 import hashlib, io, json, math, os, shutil, stat, struct, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from scipy.ndimage import find_objects
 
 import maskrcnn_edu
 
-# %% ../nbs/02_shapes.ipynb #7ca7f839
+# %% ../nbs/02_shapes.ipynb #58d481f7
 class DataError(ValueError):
     "Bad data: the message names the file, the fault and what to do"
 
@@ -40,7 +40,7 @@ class Instances:
 
     def __len__(self): return len(self.labels)
 
-# %% ../nbs/02_shapes.ipynb #5fa233fb
+# %% ../nbs/02_shapes.ipynb #d54e6fde
 def tight(
     mask, # (H,W) bool
 ): # (h,w) bool crop, its y, its x
@@ -91,7 +91,7 @@ def __getitem__(self: Instances,
     return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crops=[self.crops[i] for i in keep],
         origins=self.origins[keep], scores=None if self.scores is None else self.scores[keep])
 
-# %% ../nbs/02_shapes.ipynb #0feacf97
+# %% ../nbs/02_shapes.ipynb #af0e2cc7
 @patch
 def label_map(self: Instances): # (H,W) int32
     "0 for background, i+1 for object i; in an overlap the higher score wins, without scores the later one"
@@ -116,7 +116,7 @@ def from_label_map(cls: Instances,
     crops = [compact[s] == i + 1 for i, s in enumerate(slices)]
     return cls(compact.shape, crop_boxes(crops, origins), np.full(len(crops), label, np.int64), crops, origins)
 
-# %% ../nbs/02_shapes.ipynb #7dbd2dbf
+# %% ../nbs/02_shapes.ipynb #2eafa15c
 @patch
 def window(self: Instances,
     y, # pixels, first row of the window; may be negative
@@ -136,7 +136,7 @@ def window(self: Instances,
     some = self[np.array(kept, int)]
     return replace(some, size=(h, w), crops=crops, origins=origins, boxes=crop_boxes(crops, origins))
 
-# %% ../nbs/02_shapes.ipynb #bf67bdbe
+# %% ../nbs/02_shapes.ipynb #7a212f43
 def runs(
     crop, # (h,w) bool
     origin, # y, x
@@ -158,7 +158,7 @@ def rles(self: Instances): # list of {'size': [H,W], 'counts': str}
     packed = [coco_mask.frPyObjects(p, *size) for p in plain]
     return [{'size': size, 'counts': p['counts'].decode()} for p in packed]
 
-# %% ../nbs/02_shapes.ipynb #9265e67d
+# %% ../nbs/02_shapes.ipynb #f726fed6
 CLASSES = ['background', 'square', 'circle', 'triangle']
 
 @dataclass
@@ -183,7 +183,7 @@ def draw_mask(
     if label == 2: return dy ** 2 + dx ** 2 <= half ** 2
     return (dy <= half) & (abs(dx) <= (dy + half) / math.sqrt(3))  # sides of equal length
 
-# %% ../nbs/02_shapes.ipynb #4522130d
+# %% ../nbs/02_shapes.ipynb #d6b7310b
 @dataclass(frozen=True)
 class Level:
     "How hard the drawings are; the classic set by default"
@@ -200,7 +200,7 @@ LEVELS = dict(classic=Level(), noise=Level(noise=25.), texture=Level(texture=Tru
     crowded=Level(n_max=16, half_min=6, fraction=10, margin=6),
     hard=Level(n_max=12, half_min=8, fraction=8, margin=8, noise=20., texture=True, rotate=True))
 
-# %% ../nbs/02_shapes.ipynb #28d551f2
+# %% ../nbs/02_shapes.ipynb #f6a8ac40
 def thin(
     boxes, # (n,4) xywh
     overlap, # IoU
@@ -234,7 +234,7 @@ def stripes(
     y, x = np.mgrid[:size, :size]
     return .8 + .2 * np.sin(ky * y + kx * x + phase)[..., None]
 
-# %% ../nbs/02_shapes.ipynb #b8cfe44d
+# %% ../nbs/02_shapes.ipynb #dcf9c152
 def draw_shapes(
     rng, # numpy Generator
     size=128, # pixels, side of the image
@@ -284,7 +284,7 @@ def make_shapes(
     tag = level if isinstance(level, str) else 'custom'
     return [draw_shapes(np.random.default_rng([seed, i]), size, level, f'{tag}_{seed}_{i:04d}') for i in range(n)]
 
-# %% ../nbs/02_shapes.ipynb #81719ef1
+# %% ../nbs/02_shapes.ipynb #fbb20301
 @dataclass(frozen=True)
 class Fault:
     "Something wrong in the data, and what was done about it"
@@ -330,7 +330,7 @@ class InstanceDataset:
         for i in range(len(self)): self[i]
         return self
 
-# %% ../nbs/02_shapes.ipynb #5b75ad39
+# %% ../nbs/02_shapes.ipynb #84c18e2d
 def to_uint8(
     pixels, # (H,W) or (H,W,C), more than 8 bits
 ): # same shape, uint8
@@ -359,7 +359,7 @@ def rgb(
     if im.mode in ('P', 'PA'): im = im.convert('RGBA')
     return np.array(im.convert('RGB'))
 
-# %% ../nbs/02_shapes.ipynb #adc2c8a1
+# %% ../nbs/02_shapes.ipynb #0f24503f
 def write_atomic(
     path, # of the file
     data, # bytes
@@ -406,7 +406,7 @@ def write_coco(
     write_atomic(path, (json.dumps(coco_dict(samples, classes), separators=(',', ':')) + '\n').encode())
     return path
 
-# %% ../nbs/02_shapes.ipynb #977b42b1
+# %% ../nbs/02_shapes.ipynb #42a00b10
 @dataclass(eq=False)
 class CocoImage:
     "One image of a COCO json"
@@ -474,7 +474,7 @@ def coco_image(
         raise DataError(f'{path}: the image is {size[0]}x{size[1]} pixels (height x width) but {json_path} says {stated[0]}x{stated[1]}; correct one of them')
     return CocoImage(str(Path(row['file_name']).with_suffix('')), path, size, [])
 
-# %% ../nbs/02_shapes.ipynb #a514e5a7
+# %% ../nbs/02_shapes.ipynb #94b42a80
 def unpack_counts(
     text, # packed run lengths
 ): # list of int
@@ -490,7 +490,7 @@ def unpack_counts(
         value = shift = 0
     return counts
 
-# %% ../nbs/02_shapes.ipynb #56bbdbec
+# %% ../nbs/02_shapes.ipynb #edd4aed5
 def coco_rle(
     segmentation, # polygons, RLE or uncompressed RLE
     size, # (H,W)
@@ -557,7 +557,7 @@ def read_object(
     faults = [Fault(file, f'{where}: {fault}', action)] if fault else []
     return None if box is None else (mask, box), faults
 
-# %% ../nbs/02_shapes.ipynb #f418951a
+# %% ../nbs/02_shapes.ipynb #45209633
 @dataclass
 class CocoReader:
     "Reads one image of a COCO json with its objects"
@@ -603,7 +603,7 @@ def check_size(
     if size is not None and tuple(size) != record.size:
         raise DataError(f"{record.path}: the mask of annotation {row['id']} is {size[0]}x{size[1]} but the image is {record.size[0]}x{record.size[1]}; export the masks in the image's size")
 
-# %% ../nbs/02_shapes.ipynb #2b4497c0
+# %% ../nbs/02_shapes.ipynb #f2cba97e
 def cache_folder(): # path
     "Where this library keeps what it can make again; MASKRCNN_EDU_CACHE moves it"
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
@@ -670,7 +670,7 @@ def unpack(
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
         raise DataError(f'{path}: the zip is damaged ({e}); copy or make it again') from None
 
-# %% ../nbs/02_shapes.ipynb #68541778
+# %% ../nbs/02_shapes.ipynb #719b6a28
 def split_files(
     folder, # COCO folder
 ): # train json or None, valid json or None, all jsons
@@ -710,7 +710,7 @@ def load_splits(
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n]))
 
-# %% ../nbs/02_shapes.ipynb #7c9408c7
+# %% ../nbs/02_shapes.ipynb #ff4fcd7d
 def make_shapes_data(
     folder, # gets images/ and annotations/
     n_train=500, # images
@@ -728,7 +728,7 @@ def shapes_folder(): # path
     folder = cache_folder()/'shapes_data_1'
     return folder if folder.is_dir() else build_folder(folder, make_shapes_data)
 
-# %% ../nbs/02_shapes.ipynb #f3cbfa68
+# %% ../nbs/02_shapes.ipynb #5f609ece
 def check(
     source, # InstanceDataset, or a COCO folder or zip
 ): # list of Fault
