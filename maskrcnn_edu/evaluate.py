@@ -6,7 +6,7 @@
 __all__ = ['Match', 'IOUS', 'SIZES', 'mask_iou', 'match', 'outline', 'show_differences', 'mean_valid', 'CocoEval', 'none_if_nan',
            'plot_pr', 'label_map', 'label_iou', 'dsb_score', 'mean_dsb']
 
-# %% ../nbs/21_evaluate.ipynb #290d6b25
+# %% ../nbs/21_evaluate.ipynb #cb21b2a5
 import contextlib, io
 from collections import namedtuple
 
@@ -17,9 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .core import ROLE_COLOURS, show_image
-from .data import Instances
+from .data import Instances, number
 
-# %% ../nbs/21_evaluate.ipynb #668a2821
+# %% ../nbs/21_evaluate.ipynb #ae1d477d
 Match = namedtuple('Match', 'pairs wrong missed')  # pairs (n,2) of indices into truth and found; indices into found; into truth
 
 def mask_iou(
@@ -47,7 +47,7 @@ def match(
     left = lambda n, used: np.setdiff1d(np.arange(n), used)
     return Match(pairs, left(len(found), pairs[:, 1]), left(len(truth), pairs[:, 0]))
 
-# %% ../nbs/21_evaluate.ipynb #5185319c
+# %% ../nbs/21_evaluate.ipynb #130c5972
 def outline(
     ax, # matplotlib axes
     instances, # Instances
@@ -75,7 +75,7 @@ def show_differences(
     outline(ax, found[m.pairs[:, 1]], ROLE_COLOURS['positive'])
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #ec8301b1
+# %% ../nbs/21_evaluate.ipynb #6c870fe8
 IOUS = np.round(np.linspace(.5, .95, 10), 2)
 SIZES = ['small', 'medium', 'large']  # COCO's: below 32² pixels, below 96², above
 
@@ -158,7 +158,7 @@ class CocoEval:
 
 def none_if_nan(x): return None if np.isnan(x) else x
 
-# %% ../nbs/21_evaluate.ipynb #584a54cc
+# %% ../nbs/21_evaluate.ipynb #887b460a
 def plot_pr(
     evaluation, # CocoEval
     iou=.5, # one of .50, .55 ... .95
@@ -173,7 +173,7 @@ def plot_pr(
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #d6bcf2f9
+# %% ../nbs/21_evaluate.ipynb #6a05d267
 def label_map(
     x, # Instances or (H,W) label map
 ): # (H,W) int
@@ -186,7 +186,7 @@ def label_iou(
 ): # (g,d) float
     "IoU of all pairs of objects from one histogram"
     if truth.shape != found.shape: raise ValueError(f'the label maps are {truth.shape} and {found.shape}; both must be of one image')
-    (gs, g), (ds, d) = (np.unique(m, return_inverse=True) for m in (truth, found))
+    (gs, g), (ds, d) = number(truth), number(found)
     both = np.bincount(g.ravel() * len(ds) + d.ravel(), minlength=len(gs) * len(ds)).reshape(len(gs), len(ds))  # pixels of each pair
     union = both.sum(1)[:, None] + both.sum(0) - both
     return (both / union)[gs > 0][:, ds > 0]
