@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['box_area', 'box_iou', 'centre_size', 'encode', 'decode', 'clip', 'has_size']
 
-# %% ../nbs/01_boxes.ipynb #9f5f017a
+# %% ../nbs/01_boxes.ipynb #62bda522
 import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_boxes.ipynb #b0f2a888
+# %% ../nbs/01_boxes.ipynb #f4cf168b
 def box_area(
     boxes: Tensor,  # (..., 4) xyxy, pixels
 ) -> Tensor:        # (...) area, pixels squared, 0 for a box without extent
@@ -24,14 +24,14 @@ def box_iou(
     b: Tensor,  # (M, 4) xyxy
 ) -> Tensor:    # (N, M) intersection over union, 0 where both are empty
     "Overlap of every box of `a` with every box of `b`."
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])      # (N, M, 2)
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # (N, M, 2)
-    side = (bottom_right - top_left).clamp(min=0)                 # (N, M, 2)
-    shared = side[..., 0] * side[..., 1]                          # (N, M)
-    union = box_area(a)[:, None] + box_area(b)[None] - shared
-    return torch.where(union > 0, shared / union.clamp(min=torch.finfo(a.dtype).tiny), 0)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[:, None].unbind(-1), b[None].unbind(-1)   # (N, 1), (1, M)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)                 # (N, M)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)                # (N, M)
+    shared = width * height
+    union = box_area(a)[:, None] + box_area(b) - shared
+    return shared / union.clamp(min=torch.finfo(a.dtype).tiny)
 
-# %% ../nbs/01_boxes.ipynb #cd3605c0
+# %% ../nbs/01_boxes.ipynb #fdc09f3d
 def centre_size(
     boxes: Tensor,          # (..., 4) xyxy
 ) -> tuple[Tensor, Tensor]: # centre (..., 2) and size (..., 2), both x before y
@@ -52,7 +52,7 @@ def encode(
     scale = torch.log(bs.clamp(min=tiny) / as_.clamp(min=tiny))
     return torch.cat([shift, scale], -1) * boxes.new_tensor(weights)
 
-# %% ../nbs/01_boxes.ipynb #019a4a42
+# %% ../nbs/01_boxes.ipynb #a9f8153e
 def decode(
     deltas: Tensor,                # (..., 4) dx dy dw dh
     anchors: Tensor,               # (..., 4) xyxy

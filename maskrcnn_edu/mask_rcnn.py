@@ -36,6 +36,8 @@ class MaskRCNNConfig:
     channels: int = 256                 # C of the pyramid
     mean: tuple = (0.485, 0.456, 0.406)  # of the images, RGB in 0..1
     std: tuple = (0.229, 0.224, 0.225)
+    stretch: bool = False               # pictures are stretched to the full range of brightness first, for microscopy
+    enlarge: float = 1.                 # pictures are enlarged by this before they go in, for small objects
     sizes: tuple = ((32,), (64,), (128,), (256,), (512,))  # anchors of each level, pixels
     ratios: tuple = (0.5, 1., 2.)       # anchors: height / width
     rpn_sample: int = 256               # anchors in the loss
@@ -165,4 +167,4 @@ class MaskRCNN(nn.Module):
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
     sizes=((8,), (16,), (32,), (64,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
-    n_rois=64, n_detections=20)
+    n_rois=32, n_detections=20)
