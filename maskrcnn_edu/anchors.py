@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['cell_anchors', 'grid_anchors', 'pyramid_anchors', 'level_counts']
 
-# %% ../nbs/03_anchors.ipynb #582df13d
+# %% ../nbs/03_anchors.ipynb #9f39a605
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_anchors.ipynb #b464c137
+# %% ../nbs/03_anchors.ipynb #3e50886d
 def cell_anchors(
     sizes,                 # sides in pixels of the square of equal area, one or more
     ratios=(0.5, 1., 2.),  # height / width
@@ -22,7 +22,7 @@ def cell_anchors(
     half = torch.stack([-width, -height, width, height], 1) / 2
     return half.round() if rounded else half
 
-# %% ../nbs/03_anchors.ipynb #6d0805e7
+# %% ../nbs/03_anchors.ipynb #836e52fb
 def grid_anchors(
     cell: Tensor,             # (n, 4) anchors around the origin
     feature_size,             # (Hi, Wi) rows and columns of the map
