@@ -6,11 +6,11 @@
 __all__ = ['TINY', 'RESNET18', 'RESNET34', 'RESNET50', 'RESNET101', 'shortcut', 'BasicBlock', 'Bottleneck', 'stage', 'ResNet',
            'init_conv']
 
-# %% ../nbs/04_resnet.ipynb #8ab07971
+# %% ../nbs/04_resnet.ipynb #c46698e8
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/04_resnet.ipynb #9454a1c1
+# %% ../nbs/04_resnet.ipynb #baaab636
 def shortcut(
     n_in: int,    # channels before
     n_out: int,   # channels after
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn2(self.conv2(x)))
         return self.relu(self.bn3(self.conv3(x)) + identity)
 
-# %% ../nbs/04_resnet.ipynb #d83c07b3
+# %% ../nbs/04_resnet.ipynb #61ea03e6
 def stage(
     block,              # BasicBlock or Bottleneck
     n_in: int,          # channels before
@@ -106,7 +106,7 @@ def init_conv(module: nn.Module):
     "Start convolutions so that the size of activations is kept through ReLUs (He initialisation)."
     if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
-# %% ../nbs/04_resnet.ipynb #ee5f56ec
+# %% ../nbs/04_resnet.ipynb #c6626b1b
 TINY = dict(layers=(2, 2, 2, 2), bottleneck=False, width=32)
 RESNET18 = dict(layers=(2, 2, 2, 2), bottleneck=False)
 RESNET34 = dict(layers=(3, 4, 6, 3), bottleneck=False)
