@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FPN', 'top_down', 'init_lateral', 'Backbone']
 
-# %% ../nbs/05_fpn.ipynb #cd09dc77
+# %% ../nbs/05_fpn.ipynb #b9b70d57
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .resnet import ResNet
 
-# %% ../nbs/05_fpn.ipynb #0899c4ac
+# %% ../nbs/05_fpn.ipynb #644653ee
 class FPN(nn.Module):
     "The top-down half of the backbone (FPN, section 3), with torchvision's names for the weights."
     def __init__(self,
