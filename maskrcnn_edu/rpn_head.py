@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['RPNHead', 'init_head']
 
-# %% ../nbs/06_rpn_head.ipynb #9de97c46
+# %% ../nbs/06_rpn_head.ipynb #60a8aff7
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-# %% ../nbs/06_rpn_head.ipynb #51f95d21
+# %% ../nbs/06_rpn_head.ipynb #1b64bd1a
 class RPNHead(nn.Module):
     "Objectness and box deltas for every anchor (Faster R-CNN, section 3.1), with torchvision's names for the weights."
     def __init__(self,
