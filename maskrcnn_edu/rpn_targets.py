@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Matches', 'masked_iou', 'match', 'sample', 'RPNTargets', 'rpn_targets']
 
-# %% ../nbs/07_rpn_targets.ipynb #f7ca89ae
+# %% ../nbs/07_rpn_targets.ipynb #2f13c6c9
 import torch
 from torch import Tensor
 from typing import NamedTuple
 from .boxes import box_iou, encode
 
-# %% ../nbs/07_rpn_targets.ipynb #a8b3cfe7
+# %% ../nbs/07_rpn_targets.ipynb #c648d10e
 class Matches(NamedTuple):
     "Which object each box goes with."
     index: Tensor   # (N,) int64, the object with the largest overlap
@@ -43,7 +43,7 @@ def match(
         labels = torch.where(is_best.any(1), 1, labels)
     return Matches(index, labels)
 
-# %% ../nbs/07_rpn_targets.ipynb #a4042b92
+# %% ../nbs/07_rpn_targets.ipynb #57febc85
 def sample(
     candidates: Tensor,    # (N,) bool
     noise: Tensor,         # (N,) in 0..1
