@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['nms_loop', 'nms_matrix', 'nms_keep']
 
-# %% ../nbs/09_nms.ipynb #8fe03b25
+# %% ../nbs/09_nms.ipynb #f00da076
 import torch
 import torchvision
 from torch import Tensor
 from .boxes import box_iou
 
-# %% ../nbs/09_nms.ipynb #22067a7c
+# %% ../nbs/09_nms.ipynb #4555715d
 def nms_loop(
     boxes: Tensor,   # (N, 4) xyxy
     scores: Tensor,  # (N,)
@@ -25,7 +25,7 @@ def nms_loop(
         keep[i] = not (overlaps > iou).any()
     return keep
 
-# %% ../nbs/09_nms.ipynb #7811d74f
+# %% ../nbs/09_nms.ipynb #981da77e
 def nms_matrix(
     boxes: Tensor,   # (N, 4) xyxy
     scores: Tensor,  # (N,) minus infinity = empty slot
@@ -40,7 +40,7 @@ def nms_matrix(
         keep = keep & ~(strike & keep[row])
     return torch.zeros_like(keep).scatter(0, order, keep)
 
-# %% ../nbs/09_nms.ipynb #37533111
+# %% ../nbs/09_nms.ipynb #13c80f58
 @torch.library.custom_op('maskrcnn_edu::nms_keep', mutates_args=())
 def nms_keep(
     boxes: Tensor,   # (..., N, 4) xyxy
