@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['top_per_level', 'Proposals', 'propose', 'best']
 
-# %% ../nbs/10_proposals.ipynb #6193a75f
+# %% ../nbs/10_proposals.ipynb #8977b811
 import torch
 from torch import Tensor
 from typing import NamedTuple
 from .boxes import clip, decode, has_size
 from .nms import nms_keep
 
-# %% ../nbs/10_proposals.ipynb #d04dfa64
+# %% ../nbs/10_proposals.ipynb #82c8776d
 def top_per_level(
     scores: Tensor,        # (A,)
     level_sizes,           # anchors of each level, they sum to A
@@ -27,7 +27,7 @@ def top_per_level(
     slot = (sizes.cumsum(0) - sizes)[:, None] + rank                   # (L, n)
     return order[slot.clamp(max=len(scores) - 1)], rank < sizes[:, None]
 
-# %% ../nbs/10_proposals.ipynb #b63403b6
+# %% ../nbs/10_proposals.ipynb #3bf69e20
 class Proposals(NamedTuple):
     "Places worth a second look."
     boxes: Tensor   # (P, 4) xyxy
