@@ -6,9 +6,10 @@
 __all__ = ['LOSSES', 'IMAGENET', 'turn', 'resize', 'stretch', 'replace_size', 'window', 'Stretch', 'FlipTurn', 'ScaleCrop',
            'CentreCrop', 'Slots', 'ToSlots', 'Item', 'instance_block', 'colour', 'instance_dls', 'total_loss',
            'PassTargets', 'Detect', 'LossParts', 'EpochSeed', 'SaveState', 'history_csv', 'plain', 'save_atomic',
-           'load_state', 'split_model', 'load_imagenet', 'mask_rcnn_learner', 'to_input', 'predict_instances']
+           'find_state', 'load_state', 'split_model', 'load_imagenet', 'mask_rcnn_learner', 'to_input',
+           'predict_instances']
 
-# %% ../nbs/20_learner.ipynb #74c69604
+# %% ../nbs/20_learner.ipynb #406910a4
 import os, random
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from .data import DataError, InstanceDataset, Instances, write_atomic
 from .detections import to_instances
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 
-# %% ../nbs/20_learner.ipynb #43d5df46
+# %% ../nbs/20_learner.ipynb #d2aac68e
 def turn(
     image: np.ndarray,      # (H, W, 3)
     instances: Instances,
@@ -99,18 +100,22 @@ def window(
     missing = (0, height - piece.shape[0]), (0, width - piece.shape[1]), (0, 0)
     return np.pad(piece, missing), instances.window(y, x, height, width)
 
-# %% ../nbs/20_learner.ipynb #c07686c7
+# %% ../nbs/20_learner.ipynb #bea5d1fb
 class Stretch(ItemTransform):
     "The whole picture stretched to the full range of brightness, before anything is cut from it."
     def encodes(self, pair): return stretch(pair[0]), pair[1]
 
 
 class FlipTurn(ItemTransform):
-    "One of the eight ways to lay a square on itself."
+    "One of the eight ways to lay a square on itself; with `quarters=(0,)` only mirrored."
     split_idx = 0
+    def __init__(self, quarters=(0, 1, 2, 3)):
+        super().__init__()
+        self.quarters = quarters
+
     def encodes(self, pair):
         image, instances = pair
-        return turn(image, instances, random.randrange(4), random.random() < 0.5)
+        return turn(image, instances, random.choice(self.quarters), random.random() < 0.5)
 
 
 class ScaleCrop(ItemTransform):
@@ -146,7 +151,7 @@ class CentreCrop(ItemTransform):
         y, x = (max(0, n - side) // 2 for n in instances.size)
         return resize(*window(image, instances, y, x, side, side), (self.size, self.size))
 
-# %% ../nbs/20_learner.ipynb #111133cc
+# %% ../nbs/20_learner.ipynb #27068afe
 class Slots(fastuple):
     "Ground truth of fixed size: boxes (G, 4), labels (G,), masks (G, H, W)."
     def instances(self) -> Instances:
@@ -171,7 +176,7 @@ class ToSlots(ItemTransform):
         image = TensorImage(torch.tensor(image).permute(2, 0, 1).contiguous())    # (3, H, W)
         return image, Slots(pad(x) for x in (instances.boxes, instances.labels, instances.masks()))
 
-# %% ../nbs/20_learner.ipynb #ab1fad3b
+# %% ../nbs/20_learner.ipynb #11f134a8
 class Item(NamedTuple):
     "One image of a data set, and which side it is on."
     dataset: InstanceDataset
@@ -209,7 +214,7 @@ def instance_dls(
     items = [Item(d, i, d is valid) for d in (train, valid) for i in range(len(d))]
     return instance_block(item_tfms, slots, batch_tfms).dataloaders(items, bs=bs, num_workers=0, device=device)
 
-# %% ../nbs/20_learner.ipynb #53433b36
+# %% ../nbs/20_learner.ipynb #650de1d5
 LOSSES = ('loss_objectness', 'loss_rpn_box_reg', 'loss_classifier', 'loss_box_reg', 'loss_mask')
 
 
@@ -259,7 +264,7 @@ class LossParts(Callback):
         short = dict(zip(LOSSES, ('obj', 'rpn', 'cls', 'box', 'mask')))
         return [ValueMetric(partial(self.mean, k, t), f'{p}_{short[k]}') for t, p in ((True, 't'), (False, 'v')) for k in LOSSES]
 
-# %% ../nbs/20_learner.ipynb #85f599d8
+# %% ../nbs/20_learner.ipynb #3c707d58
 class EpochSeed(Callback):
     "Dice of its own for every epoch: the same seed gives the same run, stopped in between or not."
     def __init__(self, seed=0): self.seed = seed
@@ -277,7 +282,7 @@ class SaveState(Callback):
         smooth=None, # running mean of the training loss, from before the run was resumed
         **extra,     # plain values to keep with the state
     ):
-        self.path, self.rows, self.smooth, self.extra, self.done = Path(path), list(rows), smooth, extra, False
+        self.folder, self.rows, self.smooth, self.extra, self.done = Path(path), list(rows), smooth, extra, False
 
     def before_fit(self):
         if self.smooth: self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = torch.tensor(self.smooth[0]), self.smooth[1]
@@ -288,8 +293,8 @@ class SaveState(Callback):
         self.rows.append([float(x) if i else int(x) for i, x in enumerate(self.recorder.log[:-1])])
         state = dict(model=self.model.state_dict(), opt=plain(self.opt.state_dict()), epochs=self.epoch + 1, rows=self.rows,
                      smooth=[float(self.recorder.smooth_loss.val), self.recorder.smooth_loss.count], **self.extra)
-        save_atomic(state, self.path / 'state.pth')
-        write_atomic(self.path / 'history.csv', history_csv(self.recorder.metric_names[:-1], self.rows))
+        write_atomic(self.folder / 'history.csv', history_csv(self.recorder.metric_names[:-1], self.rows))
+        save_atomic(state, self.folder / 'state.pth')
 
 
 def history_csv(names, rows) -> bytes:
@@ -311,21 +316,31 @@ def save_atomic(state, file):
     os.replace(part, file)
 
 
+def find_state(
+    path,             # folder of a run
+) -> Path:
+    "The file to go on from."
+    file = Path(path) / 'state.pth'
+    if not file.is_file(): raise DataError(f'{file}: not there, so there is nothing to resume; start without --resume.')
+    return file
+
+
 def load_state(
     learn: Learner,
     path,             # folder with state.pth
 ) -> dict:            # the rest of the file: epochs done, and what `SaveState` was given
     "Model and optimiser as they were after the last finished epoch."
-    file = Path(path) / 'state.pth'
+    file = find_state(path)
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise DataError(f'{file}: not there, so there is nothing to resume; start without --resume.') from None
     except Exception as e: raise DataError(f'{file}: cannot be read ({type(e).__name__}); start again without --resume.') from e
     if learn.opt is None: learn.create_opt()
-    learn.model.load_state_dict(state.pop('model'))
-    learn.opt.load_state_dict(state.pop('opt'))
+    try:
+        learn.model.load_state_dict(state.pop('model'))
+        learn.opt.load_state_dict(state.pop('opt'))
+    except (KeyError, RuntimeError, ValueError): raise DataError(f'{file}: does not fit this model; resume with the data that the run was started with.') from None
     return state
 
-# %% ../nbs/20_learner.ipynb #04ce90e3
+# %% ../nbs/20_learner.ipynb #db329246
 def split_model(
     model: MaskRCNN,
 ) -> L:               # three lists of parameters
@@ -369,7 +384,7 @@ def mask_rcnn_learner(
     return Learner(dls, model, loss_func=total_loss, splitter=split_model, metrics=[*parts.metrics(), *metrics],
                    cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), *cbs], **kwargs)
 
-# %% ../nbs/20_learner.ipynb #ce20d455
+# %% ../nbs/20_learner.ipynb #54433fc8
 def to_input(
     image: np.ndarray,   # (H, W, 3) uint8
     model: MaskRCNN,

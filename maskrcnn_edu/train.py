@@ -10,8 +10,14 @@ __all__ = ['SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'CocoMetrics', 'Re
            'to_coco']
 
 # %% ../nbs/24_train.ipynb #6d1bc637
-import json, os, sys
-from contextlib import contextmanager
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)   # torchvision still uses torch.jit.script, of which torch warns; no user can do anything about it
+    import torchvision
+
+# %% ../nbs/24_train.ipynb #72df2bf7
+import json, os, sys, zipfile
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -30,10 +36,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from .checkpoints import WeightsError, load_weights, save_weights
 from .core import show_instances
-from .data import DataError, InstanceDataset, Instances, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
+from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
 from .detections import to_instances
 from .evaluate import CocoEval
-from .learner import CentreCrop, FlipTurn, SaveState, ScaleCrop, Slots, Stretch, colour, instance_dls, load_state, mask_rcnn_learner, predict_instances
+from .learner import CentreCrop, FlipTurn, SaveState, ScaleCrop, Slots, Stretch, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
 
@@ -51,15 +57,15 @@ class CocoMetrics(Callback):
 
     def before_validate(self):
         self.due = (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch
-        self.eval, self.scores = CocoEval(self.classes, self.max_dets), {}
+        self.coco, self.scores = CocoEval(self.classes, self.max_dets), {}
 
     def after_batch(self):
         if self.training or not self.due: return
         for truth, found in zip(zip(*self.yb[0]), zip(*self.pred)):
-            self.eval.add(Slots(truth).instances(), to_instances(*found, truth[2].shape[-2:]))
+            self.coco.add(Slots(truth).instances(), to_instances(*found, truth[2].shape[-2:]))
 
     def after_validate(self):
-        if self.due and self.eval.images: self.scores = self.eval.compute(sizes=False)
+        if self.due and self.coco.images: self.scores = self.coco.compute(sizes=False)
 
     def metrics(self):
         "A column of the table for each score."
@@ -83,7 +89,7 @@ class Recipe:
     ap_every: int = 1         # epochs between two measurements of average precision
 
 
-SHAPES_RECIPE = Recipe(SHAPES, (FlipTurn(),), tuple(colour()), epochs=24, ap_every=2)
+SHAPES_RECIPE = Recipe(SHAPES, (FlipTurn(quarters=(0,)),), tuple(colour()), epochs=24, ap_every=4)   # triangles stand upright
 
 NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
                  rpn_sample=256, n_rois=96, n_detections=400)
@@ -123,7 +129,7 @@ def run_folder(
 
 class SaveWeights(Callback):
     "After each epoch, weights that can be used as they are."
-    order = 71
+    order = 69   # before SaveState: what a run goes on from is written last
     def __init__(self, path, classes): self.file, self.classes, self.done = Path(path) / 'weights.safetensors', classes, False
     def before_epoch(self): self.done = False
     def after_validate(self): self.done = True
@@ -158,16 +164,17 @@ def fit(
     pretrained=False,   # start from ImageNet weights
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
-    out, device = run_folder(out, resume), pick_device(device)
+    device, bs = pick_device(device), min(recipe.bs, len(train) * recipe.repeat)
+    if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
-    for fault in train.faults: print('data:', fault)
+    for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
-    dls = instance_dls(train.subset(list(range(len(train))) * recipe.repeat), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, recipe.bs, device)
+    dls = instance_dls(train.subset(list(range(len(train))) * recipe.repeat), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, bs, device)
     learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes)], metrics=coco.metrics(), path=out)
     state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
     if (state['seed'], state['n_epochs']) != (seed, recipe.epochs):
         raise DataError(f"--resume: the run in {out} was started with --epochs {state['n_epochs']} --seed {state['seed']}; say the same.")
-    learn.add_cb(SaveState(out, state['rows'], state['smooth'], n_epochs=recipe.epochs, seed=seed))
+    learn.add_cb(SaveState(run_folder(out, resume), state['rows'], state['smooth'], n_epochs=recipe.epochs, seed=seed))
     if state['epochs'] < recipe.epochs: learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=recipe.wd, start_epoch=state['epochs'])
     return learn
 
@@ -207,6 +214,7 @@ def results_figure(
     min_score=0.5,             # less sure than this is not shown
 ) -> Figure:
     "Image, ground truth, and prediction with class and score."
+    n = min(n, len(dataset))
     fig, axes = plt.subplots(n, 3, figsize=(9, 3 * n), squeeze=False)
     for i, row in zip(np.linspace(0, len(dataset) - 1, n).astype(int), axes):
         s = dataset[i]
@@ -269,8 +277,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help='Mask R-CNN: 
 def sentences():
     "Errors that a user can do something about, as one sentence; Ctrl-C with a word about what is saved."
     try: yield
-    except (DataError, WeightsError, FileNotFoundError, ValueError, RuntimeError) as e:
-        if isinstance(e, (ValueError, RuntimeError)) and not isinstance(e, (DataError, WeightsError)) and 'pretrained' not in str(e): raise
+    except (DataError, WeightsError, OSError, ValueError, RuntimeError) as e:
+        if not isinstance(e, (DataError, WeightsError, OSError)) and not str(e).startswith('pretrained:'): raise
         typer.secho(f'Error: {e}', fg='red', err=True)
         raise typer.Exit(1) from None
 
@@ -299,8 +307,8 @@ def train(
     with sentences():
         try: scores = commands[what.value](out, data, epochs, seed=seed, device=device, resume=resume, pretrained=pretrained)
         except KeyboardInterrupt:
-            done = 'the last finished epoch is' if (out / 'state.pth').exists() else 'no epoch was finished, so nothing is'
-            typer.echo(f'\nStopped; {done} in {out}. Go on with the same command and --resume.', err=True)
+            go_on = f'the last finished epoch is in {out}. Go on with the same command and --resume.'
+            typer.echo(f"\nStopped; {go_on if (out / 'state.pth').exists() else 'no epoch was finished, so nothing is saved.'}", err=True)
             raise typer.Exit(130) from None
         typer.echo(score_line(scores))
         typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, results.png, scores.json')
@@ -323,14 +331,15 @@ def open_for(data, classes) -> tuple[InstanceDataset, dict | None]:
 
 
 def is_coco(data) -> bool:
-    "Whether a folder has COCO annotations."
-    return Path(data).is_dir() and any(Path(data).glob('annotations*'))
+    "Whether a folder or zip has COCO annotations."
+    names = zipfile.ZipFile(data).namelist() if zipfile.is_zipfile(data) else map(str, Path(data).glob('annotations*/*'))
+    return any('annotations' in n and n.endswith('.json') for n in names) or any(Path(data).glob('annotations*.json'))
 
 
 def valid_part(data) -> InstanceDataset:
     "The validation split of a COCO folder; all of it where it has none."
-    train_json, valid_json, jsons = split_files(folder := open_data(data))
-    return read_coco(valid_json or (train_json if train_json else jsons[0])) if valid_json or len(jsons) == 1 else load_splits(folder)[1]
+    _, valid_json, jsons = split_files(open_data(data))
+    return read_coco(valid_json) if valid_json else join([read_coco(p) for p in jsons])
 
 
 @app.command('evaluate')
@@ -341,12 +350,13 @@ def evaluate_command(
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
     "Average precision of boxes and masks; for nuclei also the score of the Data Science Bowl."
-    with sentences():
+    with sentences(), redirect_stdout(sys.stderr):   # progress goes there: what is on stdout can be read by a program
         model, classes = load_weights(weights, pick_device(device))
         dataset, kinds = open_for(data, classes)
         if dataset.classes != classes: load_weights(weights, classes=dataset.classes)   # says what does not fit
         scores = evaluate(model, dataset, kinds)
-        typer.echo(json.dumps(scores, indent=1) if as_json else score_line(scores))
+        for fault in dataset.faults: print('data:', fault)
+    typer.echo(json.dumps(scores, indent=1) if as_json else score_line(scores))
 
 
 @app.command()
@@ -354,11 +364,11 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help='pictures of any size')],
     weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')],
     out: Annotated[Path, typer.Option(help='folder for the results')] = Path('predictions'),
-    min_score: Annotated[float, typer.Option(help='less sure than this is left out')] = 0.5,
+    min_score: Annotated[float, typer.Option(min=0, max=1, help='less sure than this is left out')] = 0.5,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
     "Objects in pictures: NAME_overlay.png, NAME_labels.png (16 bit, 0 = background), and instances.json (COCO) for all."
-    with sentences():
+    with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
         pictures = {unique: read_image(p) for unique, p in unique_names(images).items()}
         run_folder(out, resume=True)
@@ -367,7 +377,7 @@ def predict(
             found[name] = remove_overlaps(predict_instances(model, image, min_score), min_area=1)
             write_prediction(out, name, image, found[name], classes)
         write_atomic(out / 'instances.json', json.dumps(to_coco(found, unique_names(images), classes)).encode())
-        for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
+    for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
 
 
 def unique_names(paths) -> dict[str, Path]:
@@ -383,7 +393,8 @@ def unique_names(paths) -> dict[str, Path]:
 def write_prediction(out, name, image, found: Instances, classes):
     "Overlay and label map of one picture."
     h, w = image.shape[:2]
-    fig = Figure(figsize=(max(w, 256) / 100, max(w, 256) / 100 * h / w))
+    scale = max(1, 256 / max(h, w))    # a small picture is enlarged, for room to write in
+    fig = Figure(figsize=((w * scale + .5) / 100, (h * scale + .5) / 100))
     ax = fig.add_axes([0, 0, 1, 1])
     show_instances(image, found, ax, classes)
     fig.savefig(out / f'{name}_overlay.png', dpi=100)
