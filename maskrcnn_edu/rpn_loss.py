@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['rpn_loss']
 
-# %% ../nbs/08_rpn_loss.ipynb #51c82d10
+# %% ../nbs/08_rpn_loss.ipynb #a7ba696f
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/08_rpn_loss.ipynb #e9ba6cb6
+# %% ../nbs/08_rpn_loss.ipynb #c94e670c
 def rpn_loss(
     objectness: Tensor,     # (B, A) logits
     deltas: Tensor,         # (B, A, 4)
