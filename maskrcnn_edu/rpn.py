@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RPNOutput', 'RPN']
 
-# %% ../nbs/11_rpn.ipynb #24b55c0d
+# %% ../nbs/11_rpn.ipynb #4d940e20
 from functools import partial
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .rpn_head import RPNHead
 from .rpn_loss import rpn_loss
 from .rpn_targets import RPNTargets, rpn_targets
 
-# %% ../nbs/11_rpn.ipynb #4fb95cc6
+# %% ../nbs/11_rpn.ipynb #82280aa7
 class RPNOutput(NamedTuple):
     "What the head answered, and for which anchors."
     anchors: Tensor      # (A, 4)
