@@ -6,13 +6,13 @@
 __all__ = ['neighbours', 'sample_points', 'roi_align_loop', 'roi_level', 'flatten_pyramid', 'bin_rows', 'pyramid_roi_align',
            'scatter_slots', 'random_rois']
 
-# %% ../nbs/12_roi_align.ipynb #f5969dd3
+# %% ../nbs/12_roi_align.ipynb #40df33e0
 import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/12_roi_align.ipynb #f675b47f
+# %% ../nbs/12_roi_align.ipynb #3a523673
 def neighbours(
     position: Tensor,         # (...) along one axis, in cells
     length,                   # cells along the axis; a number or a tensor that broadcasts
@@ -26,7 +26,7 @@ def neighbours(
     cells = torch.stack([low, (low + 1).minimum((length - 1).to(position))], -1).long()   # (..., 2)
     return cells, torch.stack([1 - part, part], -1) * inside[..., None]                   # (..., 2)
 
-# %% ../nbs/12_roi_align.ipynb #30cd55ba
+# %% ../nbs/12_roi_align.ipynb #63455f08
 def sample_points(
     start: Tensor,    # (...) near edge of the box along one axis, in cells
     end: Tensor,      # (...) far edge
@@ -40,7 +40,7 @@ def sample_points(
     part = (torch.arange(size * sampling, device=start.device) + 0.5) / (size * sampling)
     return start[..., None] + extent[..., None] * part.to(start)
 
-# %% ../nbs/12_roi_align.ipynb #a4c60872
+# %% ../nbs/12_roi_align.ipynb #5fcb6fb9
 def roi_align_loop(
     feature: Tensor,   # (C, H, W)
     roi: Tensor,       # (4,) xyxy, pixels
@@ -60,7 +60,7 @@ def roi_align_loop(
             out[:, i // sampling, j // sampling] += value / sampling**2
     return out
 
-# %% ../nbs/12_roi_align.ipynb #c593f376
+# %% ../nbs/12_roi_align.ipynb #70fc3d75
 def roi_level(
     boxes: Tensor,          # (..., 4) xyxy, pixels
     n_levels=4,             # maps to choose from
@@ -73,7 +73,7 @@ def roi_level(
     level = (canonical_level + torch.log2(side / canonical_size) + 1e-6).floor()
     return level.clamp(first_level, first_level + n_levels - 1).long() - first_level
 
-# %% ../nbs/12_roi_align.ipynb #48866081
+# %% ../nbs/12_roi_align.ipynb #5a03ea29
 def flatten_pyramid(
     features: list[Tensor],  # each (B, C, Hi, Wi)
 ) -> Tensor:                 # (B * cells, C), cells = sum of Hi * Wi
@@ -134,7 +134,7 @@ def scatter_slots(
     out = values.new_zeros(*filled.shape, *values.shape[1:])
     return out.masked_scatter(filled.reshape(*filled.shape, *[1] * (values.ndim - 1)), values)
 
-# %% ../nbs/12_roi_align.ipynb #9d0a6f04
+# %% ../nbs/12_roi_align.ipynb #c6fb0be6
 def random_rois(
     *shape,          # leading dimensions
     image_side=128,  # pixels
