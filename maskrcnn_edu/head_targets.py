@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['least_noise', 'choose_rois', 'axis_weights', 'crop_masks', 'HeadTargets', 'head_targets']
 
-# %% ../nbs/13_head_targets.ipynb #5a6d600c
+# %% ../nbs/13_head_targets.ipynb #199c5980
 import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing import NamedTuple
 from .boxes import encode
-from .roi_align import neighbours, sample_points
+from .roi_align import neighbours
 from .rpn_targets import masked_iou, match
 
-# %% ../nbs/13_head_targets.ipynb #c88aed0b
+# %% ../nbs/13_head_targets.ipynb #2165bfe2
 def least_noise(
     candidates: Tensor,         # (N,) bool
     noise: Tensor,              # (N,) in 0..1
@@ -40,7 +40,7 @@ def choose_rois(
     index = torch.where(slot < n, F.pad(positive, (0, n_rois - n_positive)), negative[(slot - n).clamp(min=0)])
     return index, (slot < n) | is_negative[(slot - n).clamp(min=0)]
 
-# %% ../nbs/13_head_targets.ipynb #e0102547
+# %% ../nbs/13_head_targets.ipynb #4271b63f
 def axis_weights(
     start: Tensor,    # (M,) near edge, pixels
     end: Tensor,      # (M,) far edge
@@ -70,7 +70,7 @@ def crop_masks(
     cols = axis_weights(rois[:, 0], rois[:, 2], size, masks.shape[2])       # (M, S, W)
     return rows @ masks[index].to(rois) @ cols.transpose(1, 2)              # (M, S, S)
 
-# %% ../nbs/13_head_targets.ipynb #0405aede
+# %% ../nbs/13_head_targets.ipynb #efca64bd
 class HeadTargets(NamedTuple):
     "What the heads learn from."
     rois: Tensor           # (R, 4)
