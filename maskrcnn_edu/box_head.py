@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BoxHead', 'BoxPredictor']
 
-# %% ../nbs/14_box_head.ipynb #db2dfaa3
+# %% ../nbs/14_box_head.ipynb #edf19890
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/14_box_head.ipynb #92933a5e
+# %% ../nbs/14_box_head.ipynb #930f9707
 class BoxHead(nn.Module):
     "Two fully connected layers (FPN, section 4.2), with torchvision's names for the weights."
     def __init__(self,
@@ -38,6 +38,9 @@ class BoxPredictor(nn.Module):
         super().__init__()
         self.cls_score = nn.Linear(hidden, n_classes)
         self.bbox_pred = nn.Linear(hidden, n_classes * 4)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):   # begin undecided and unmoved
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
     def forward(self,
         x: Tensor,                # (B, R, hidden)
