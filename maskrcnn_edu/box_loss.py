@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['of_class', 'box_loss']
 
-# %% ../nbs/15_box_loss.ipynb #5d8771d6
+# %% ../nbs/15_box_loss.ipynb #7d5c56f8
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/15_box_loss.ipynb #d94545fa
+# %% ../nbs/15_box_loss.ipynb #94447de6
 def of_class(
     values: Tensor,  # (B, R, K, ...) an answer for every class
     labels: Tensor,  # (B, R) class; -1 reads class 0
