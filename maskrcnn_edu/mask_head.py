@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MaskHead', 'MaskPredictor', 'init_mask', 'predict_masks']
 
-# %% ../nbs/16_mask_head.ipynb #f6f84145
+# %% ../nbs/16_mask_head.ipynb #37375658
 from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from .roi_align import scatter_slots
 
-# %% ../nbs/16_mask_head.ipynb #da9bf3f6
+# %% ../nbs/16_mask_head.ipynb #85106187
 class MaskHead(nn.Sequential):
     "Four 3x3 convolutions (Mask R-CNN, figure 4, right), with torchvision's names for the weights."
     def __init__(self,
@@ -34,6 +34,7 @@ class MaskPredictor(nn.Sequential):
         super().__init__(OrderedDict(conv5_mask=nn.ConvTranspose2d(channels, hidden, 2, 2), relu=nn.ReLU(inplace=True),
                                      mask_fcn_logits=nn.Conv2d(hidden, n_classes, 1)))
         self.apply(init_mask)
+        nn.init.normal_(self.mask_fcn_logits.weight, std=0.001)   # begin undecided
 
 
 def init_mask(module: nn.Module):
