@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['mask_loss']
 
-# %% ../nbs/17_mask_loss.ipynb #b380a891
+# %% ../nbs/17_mask_loss.ipynb #82fbaa84
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .box_loss import of_class
 
-# %% ../nbs/17_mask_loss.ipynb #5a6c013d
+# %% ../nbs/17_mask_loss.ipynb #1767ee25
 def mask_loss(
     mask_logits: Tensor,   # (B, M, K, S, S)
     labels: Tensor,        # (B, M) class; 0 and -1 take no part
