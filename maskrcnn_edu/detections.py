@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Detected', 'detect', 'whole_box', 'pixel_weights', 'paste_masks', 'to_instances']
 
-# %% ../nbs/18_detections.ipynb #a0951f9c
+# %% ../nbs/18_detections.ipynb #fc859321
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .nms import nms_keep
 from .data import Instances
 from .roi_align import neighbours
 
-# %% ../nbs/18_detections.ipynb #ca26e10d
+# %% ../nbs/18_detections.ipynb #b6b7e193
 class Detected(NamedTuple):
     "What was found, before masks."
     boxes: Tensor   # (D, 4) xyxy, pixels of the network's input
@@ -48,7 +48,7 @@ def detect(
     labels = torch.where(found, index // scores.shape[1] + 1, 0)
     return Detected(torch.where(found[:, None], boxes.flatten(0, 1)[index], 0.), labels, torch.where(found, top, 0.))
 
-# %% ../nbs/18_detections.ipynb #51538e29
+# %% ../nbs/18_detections.ipynb #b22f86ff
 def whole_box(
     boxes: Tensor,   # (D, 4) xyxy
     size: int,       # S, bins of the small mask
@@ -88,7 +88,7 @@ def paste_masks(
     wy, wx = pixel_weights(y1, y2, rows, size), pixel_weights(x1, x2, cols, size)    # (D, H, S+2), (D, W, S+2)
     return wy.to(masks) @ F.pad(masks, (1, 1, 1, 1)) @ wx.to(masks).transpose(1, 2)  # (D, H, W)
 
-# %% ../nbs/18_detections.ipynb #db80c8d2
+# %% ../nbs/18_detections.ipynb #b17af049
 def to_instances(
     boxes: Tensor,      # (D, 4) xyxy, pixels of the picture
     labels: Tensor,     # (D,) 0 = empty slot
