@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'MaskRCNNConfig', 'Detections', 'Noise', 'MaskRCNN']
 
-# %% ../nbs/19_mask_rcnn.ipynb #9ee03763
+# %% ../nbs/19_mask_rcnn.ipynb #a4009ddf
 from dataclasses import dataclass, replace
 from functools import partial
 import torch
@@ -23,7 +23,7 @@ from .resnet import ResNet, TINY
 from .roi_align import pyramid_roi_align
 from .rpn import RPN
 
-# %% ../nbs/19_mask_rcnn.ipynb #8ac92225
+# %% ../nbs/19_mask_rcnn.ipynb #23438a46
 @dataclass(frozen=True)
 class MaskRCNNConfig:
     "Every number of the model; the defaults are the paper's R-50-FPN on COCO."
@@ -64,7 +64,7 @@ class MaskRCNNConfig:
     nms_iou: float = 0.5
     n_detections: int = 100             # D
 
-# %% ../nbs/19_mask_rcnn.ipynb #eda17593
+# %% ../nbs/19_mask_rcnn.ipynb #75561ad2
 class Detections(NamedTuple):
     "What was found in a batch; label 0 = empty slot."
     boxes: Tensor   # (B, D, 4) xyxy, pixels of the network's input
@@ -111,7 +111,7 @@ class MaskRCNN(nn.Module):
         noise: Noise | None = None,   # drawn if not given; always the same in eval mode
     ) -> dict[str, Tensor]:           # the five losses
         "How wrong the model is about these images."
-        return self.losses(self.features(images), images.shape[-2:], boxes, labels, masks, noise)
+        return self.training_losses(self.features(images), images.shape[-2:], boxes, labels, masks, noise)
 
     @torch.no_grad()
     def predict(self,
@@ -120,7 +120,7 @@ class MaskRCNN(nn.Module):
         "What is in these images; put the model in eval mode first."
         return self.detect(self.features(images), images.shape[-2:])
 
-    def losses(self, features, image_size, boxes, labels, masks, noise=None) -> dict[str, Tensor]:
+    def training_losses(self, features, image_size, boxes, labels, masks, noise=None) -> dict[str, Tensor]:
         "Frames *RPN* and *Head* in training, from the feature maps on."
         c, rpn = self.config, self.rpn(features, image_size)
         if noise is None: noise = self.draw_noise(len(boxes), len(rpn.anchors), c.n_post + boxes.shape[1], boxes)
@@ -163,7 +163,7 @@ class MaskRCNN(nn.Module):
         draw = partial(torch.rand, generator=g, device=like.device, dtype=like.dtype)
         return Noise(draw(n_images, n_anchors), draw(n_images, n_candidates))
 
-# %% ../nbs/19_mask_rcnn.ipynb #68cb9d7d
+# %% ../nbs/19_mask_rcnn.ipynb #7216ea77
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
     sizes=((8,), (16,), (32,), (64,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
