@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header', 'load_weights', 'from_torchvision']
 
-# %% ../nbs/22_checkpoints.ipynb #c0b77868
-import json, os
+# %% ../nbs/22_checkpoints.ipynb #e1e1c1be
+import json
 from dataclasses import asdict
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 import maskrcnn_edu
+from .data import write_atomic
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig
 
-# %% ../nbs/22_checkpoints.ipynb #bda42427
+# %% ../nbs/22_checkpoints.ipynb #46c33719
 def save_weights(
     model: MaskRCNN,
     path,                 # file to write, .safetensors
@@ -28,10 +29,8 @@ def save_weights(
         raise ValueError(f'classes: {len(classes)} names for a model of {model.config.n_classes} classes (with background).')
     state = {k: (v.half() if half and v.is_floating_point() else v).contiguous().cpu() for k, v in model.state_dict().items()}
     header = dict(format='maskrcnn_edu', config=json.dumps(asdict(model.config)), classes=json.dumps(list(classes)))
-    path, part = Path(path), Path(f'{path}.part')
-    save_file(state, part, header)
-    os.replace(part, path)
-    return path
+    write_atomic(path, save(state, header))
+    return Path(path)
 
 
 def shipped(
@@ -51,7 +50,7 @@ def find_weights(
     names = sorted(p.stem for p in shipped('x').parent.glob('*.safetensors'))
     raise FileNotFoundError(f'{weights}: no such weight file; give a .safetensors file or one of {", ".join(names) or "(none ships)"}.')
 
-# %% ../nbs/22_checkpoints.ipynb #f0d8f124
+# %% ../nbs/22_checkpoints.ipynb #7e8dc56b
 class WeightsError(ValueError):
     "A weight file that cannot be used: the message names the file and what to do."
 
@@ -92,7 +91,7 @@ def load_weights(
     except RuntimeError as e: raise WeightsError(f'{path}: tensors do not fit the configuration in its header ({str(e).splitlines()[-1].strip()}).') from None
     return model.to(device).eval(), names
 
-# %% ../nbs/22_checkpoints.ipynb #b90446da
+# %% ../nbs/22_checkpoints.ipynb #f3770357
 def from_torchvision(
     state: dict[str, Tensor],   # of maskrcnn_resnet50_fpn
 ) -> dict[str, Tensor]:         # for MaskRCNN with the default configuration

@@ -6,7 +6,7 @@
 __all__ = ['LETTERS', 'ROLE_COLOURS', 'COLOURS', 'Diagram', 'show_diagram', 'set_seed', 'to_array', 'show_image', 'show_images',
            'show_boxes', 'show_masks', 'show_instances']
 
-# %% ../nbs/00_core.ipynb #6c0ce1ed
+# %% ../nbs/00_core.ipynb #14e00c72
 import random
 from importlib.resources import files
 import numpy as np, torch
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-# %% ../nbs/00_core.ipynb #d6d45c1d
+# %% ../nbs/00_core.ipynb #f819db9c
 class Diagram:
     "An SVG picture that Jupyter shows."
     def __init__(self, svg): self.svg = svg
@@ -31,14 +31,14 @@ def show_diagram(
     svg = svg.replace('class="mrcnn-overview"', f'class="mrcnn-overview phase-{phase}"')
     return Diagram(svg.replace(f'<g id="{box}" class="', f'<g id="{box}" class="lit '))
 
-# %% ../nbs/00_core.ipynb #a5867272
+# %% ../nbs/00_core.ipynb #79c79a03
 LETTERS = {
     'B': 'images in the batch', 'A': 'anchors of one image', 'G': 'ground-truth slots of one image',
     'P': 'proposals of one image', 'R': 'sampled rois of one image', 'M': 'positive rois, the first M of the R',
     'D': 'detections of one image', 'K': 'classes, background 0 included', 'C': 'channels',
     'H': 'height in pixels', 'W': 'width in pixels', 'S': "side of a roi's mask target"}
 
-# %% ../nbs/00_core.ipynb #798959e0
+# %% ../nbs/00_core.ipynb #ee397aca
 def set_seed(
     seed=0,  # any integer
 ):
@@ -47,7 +47,7 @@ def set_seed(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #eb0cd1e8
+# %% ../nbs/00_core.ipynb #1c7e6df5
 def to_array(x):
     "Tensor or array as a numpy array on the CPU."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
@@ -89,7 +89,7 @@ def show_images(
     for ax in grid.flat[n:]: ax.set_axis_off()
     return [show_image(im, ax, t) for im, ax, t in zip(images, grid.flat, titles or [None]*n)]
 
-# %% ../nbs/00_core.ipynb #0888de5a
+# %% ../nbs/00_core.ipynb #22454005
 ROLE_COLOURS = {'gt': 'white', 'positive': '#22c55e', 'negative': '#ef4444', 'ignored': '#9ca3af',
                 'anchor': '#38bdf8', 'proposal': '#f59e0b', 'prediction': '#facc15'}
 COLOURS = [to_rgb(c) for c in ('#f59e0b', '#38bdf8', '#a3e635', '#f472b6', '#c084fc', '#2dd4bf', '#fb7185', '#fde047')]
@@ -120,22 +120,23 @@ def show_boxes(
                          clip_on=True, bbox=dict(facecolor=colour, edgecolor='none', pad=1, alpha=.8))
     return ax
 
-# %% ../nbs/00_core.ipynb #77cb132a
+# %% ../nbs/00_core.ipynb #ed8e561f
 def show_masks(
     masks,         # (n,H,W) 0 or 1; n may be 0
     ax,            # axes to draw on
     alpha=.5,      # 0 clear, 1 opaque
     colours=None,  # a colour for each mask
 ):
-    "Lay masks over an image."
-    for i, mask in enumerate(to_array(masks)):
+    "Lay masks over an image, later ones over earlier ones."
+    masks = to_array(masks)
+    layer = np.zeros((*masks.shape[-2:], 4), np.float32)   # (H,W,4): one for all, since hundreds of them would fill the memory
+    for i, mask in enumerate(masks):
         colour = to_rgb(colours[i]) if colours is not None else COLOURS[i % len(COLOURS)]
-        layer = np.zeros((*mask.shape, 4), np.float32)   # (H,W,4)
         layer[mask > 0] = (*colour, alpha)
-        ax.imshow(layer)
+    if len(masks): ax.imshow(layer)
     return ax
 
-# %% ../nbs/00_core.ipynb #215d52e6
+# %% ../nbs/00_core.ipynb #dbb0d227
 def show_instances(
     image,       # (3,H,W) or (H,W,3)
     instances,   # the objects: boxes (n,4), labels (n,), scores (n,) or None, masks() (n,H,W)

@@ -6,7 +6,7 @@
 __all__ = ['find_nuclei', 'open_zip', 'Files', 'NucleiImage', 'group', 'read_mask', 'NucleiReader', 'read_nuclei', 'read_split',
            'load_nuclei', 'remove_overlaps', 'pairs', 'rle_encode', 'rle_decode', 'submission_csv', 'dsb_table']
 
-# %% ../nbs/23_nuclei.ipynb #aa776a31
+# %% ../nbs/23_nuclei.ipynb #c0aff34a
 import functools, json, os, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import maskrcnn_edu
 from .data import IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, check_members, crop_boxes, read_image, rgb, runs, write_atomic
 from .evaluate import dsb_score, mean_dsb
 
-# %% ../nbs/23_nuclei.ipynb #e4e589c5
+# %% ../nbs/23_nuclei.ipynb #c47ca94d
 def find_nuclei(): # path or None
     "The zip of real nuclei: where MASKRCNN_EDU_NUCLEI says, or shared/data/ beside the repository or the working folder"
     given = os.environ.get('MASKRCNN_EDU_NUCLEI')
@@ -27,7 +27,7 @@ def find_nuclei(): # path or None
     places = [p/'shared'/'data'/'dsb2018_stage1_train.zip' for r in roots for p in (r, *r.parents)]
     return next((p for p in places if p.is_file()), None)
 
-# %% ../nbs/23_nuclei.ipynb #16e09c8b
+# %% ../nbs/23_nuclei.ipynb #a8cf54bf
 @functools.lru_cache(maxsize=8)
 def open_zip(
     path, # of a zip
@@ -52,7 +52,7 @@ class Files:
     def open(self, name): # binary file
         return (self.path/name).open('rb') if self.path.is_dir() else open_zip(str(self.path), os.getpid()).open(name)
 
-# %% ../nbs/23_nuclei.ipynb #5499fca4
+# %% ../nbs/23_nuclei.ipynb #abcfd19b
 @dataclass(frozen=True)
 class NucleiImage:
     "The files of one image"
@@ -124,7 +124,7 @@ def read_nuclei(
     records = [NucleiImage(i, found[i]['images'][0], tuple(found[i]['masks']) if 'masks' in found[i] else None) for i in ids or sorted(found)]
     return InstanceDataset(records, ['background', 'nucleus'], NucleiReader(files), cache)
 
-# %% ../nbs/23_nuclei.ipynb #934013b5
+# %% ../nbs/23_nuclei.ipynb #714d4bf9
 def read_split(
     path, # of the json
 ): # dict: train (ids), valid (ids), kind (dict id -> kind)
@@ -159,19 +159,21 @@ def load_nuclei(
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])), {i: 'unknown' for i in whole.names}
 
-# %% ../nbs/23_nuclei.ipynb #b48b071a
+# %% ../nbs/23_nuclei.ipynb #a29cda9d
 def remove_overlaps(
     instances, # Instances
     min_area=12, # pixels; smaller remains are dropped (the smallest true nucleus has 21)
+    min_share=.5, # of its own pixels that an object must keep; what keeps less is most often a second find of the same object
 ): # Instances, no pixel in two of them
     "Each pixel to the best score, by way of the label map"
     label_map = instances.label_map()
     area = np.bincount(label_map.ravel(), minlength=len(instances) + 1)[1:]
-    keep = np.flatnonzero(area >= max(min_area, 1))
+    own = np.array([c.sum() for c in instances.crops], int)  # (n,)
+    keep = np.flatnonzero((area >= max(min_area, 1)) & (area >= min_share * own))
     alone = Instances.from_label_map(np.where(np.isin(label_map, keep + 1), label_map, 0))
     return replace(alone, labels=instances.labels[keep], scores=None if instances.scores is None else instances.scores[keep])
 
-# %% ../nbs/23_nuclei.ipynb #42490a49
+# %% ../nbs/23_nuclei.ipynb #57277b52
 def pairs(
     counts, # run lengths, zeros first
 ): # str
@@ -211,7 +213,7 @@ def submission_csv(
     write_atomic(path, ('\n'.join(rows) + '\n').encode())
     return Path(path)
 
-# %% ../nbs/23_nuclei.ipynb #cd7ad687
+# %% ../nbs/23_nuclei.ipynb #595b8e7e
 def dsb_table(
     dataset, # InstanceDataset
     predictions, # dict name -> Instances with scores, one for every image

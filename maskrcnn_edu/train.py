@@ -12,8 +12,8 @@ __all__ = ['SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'CocoMetrics', 'Re
 # %% ../nbs/24_train.ipynb #6d1bc637
 import warnings
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', FutureWarning)   # torchvision still uses torch.jit.script, of which torch warns; no user can do anything about it
-    import torchvision
+    warnings.simplefilter('ignore', FutureWarning)   # fastai uses torch.jit.script, which torch gives up; no user can do anything about it
+    import fastai.layers
 
 # %% ../nbs/24_train.ipynb #72df2bf7
 import json, os, sys, zipfile
@@ -38,9 +38,10 @@ from .checkpoints import WeightsError, load_weights, save_weights
 from .core import show_instances
 from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
 from .detections import to_instances
-from .evaluate import CocoEval
+from .evaluate import CocoEval, none_if_nan
 from .learner import CentreCrop, FlipTurn, SaveState, ScaleCrop, Slots, Stretch, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
+from .resnet import RESNET18
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
 
 # %% ../nbs/24_train.ipynb #6421f15d
@@ -161,9 +162,10 @@ def fit(
     seed=0,             # of weights and epochs
     device=None,        # as torch spells it
     resume=False,       # go on with the run in `out`
-    pretrained=False,   # start from ImageNet weights
+    pretrained=False,   # start from ImageNet weights, with a ResNet-18
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
+    if pretrained: recipe = replace(recipe, config=replace(recipe.config, **RESNET18, width=64))
     device, bs = pick_device(device), min(recipe.bs, len(train) * recipe.repeat)
     if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
@@ -195,7 +197,7 @@ def evaluate(
     "Scores of a model on a data set."
     found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
     for s in dataset: coco.add(s.instances, found[s.name])
-    scores = dict(images=len(dataset)) | coco.compute()
+    scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
     return scores | (dsb_table(dataset, surely(found), kinds) if kinds else {})
 
 
@@ -299,7 +301,7 @@ def train(
     seed: Annotated[int, typer.Option(help='the same seed gives the same run')] = 0,
     device: Annotated[str | None, typer.Option(help='cpu, cuda, cuda:1 …  [default: a GPU if there is one]')] = None,
     resume: Annotated[bool, typer.Option('--resume', help='go on after the last finished epoch')] = False,
-    pretrained: Annotated[bool, typer.Option('--pretrained', help='start from ImageNet weights (coco with ResNet-18; needs the internet)')] = False,
+    pretrained: Annotated[bool, typer.Option('--pretrained', help='start from ImageNet weights, with a ResNet-18; needs the internet once')] = False,
 ):
     "Train; leaves weights.safetensors, history.csv, results.png and scores.json in the folder."
     out = out or Path('runs') / what.value
@@ -316,7 +318,7 @@ def train(
 
 def score_line(scores: dict) -> str:
     "The main scores in a line."
-    return ' · '.join(f'{k} {scores[k]:.3f}' for k in ('box_ap', 'mask_ap', 'mask_ap50', 'mask_ap75', 'dsb') if k in scores)
+    return ' · '.join(f'{k} {scores[k]:.3f}' for k in ('box_ap', 'mask_ap', 'mask_ap50', 'mask_ap75', 'dsb') if scores.get(k) is not None) or 'no objects to find'
 
 
 def open_for(data, classes) -> tuple[InstanceDataset, dict | None]:

@@ -152,14 +152,14 @@ def test_rle_round_trip(mask):
 def test_bad_rle(text):
     with pytest.raises(DataError): rle_decode(text, (3, 3))
 
-@given(hnp.arrays(bool, st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(1, 11))), st.integers(0, 6))
+@given(hnp.arrays(bool, st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(1, 11))), st.integers(0, 6), st.sampled_from([0, .25, .5, 1]))
 @settings(max_examples=200, deadline=None)
-def test_no_pixel_twice(m, min_area):
+def test_no_pixel_twice(m, min_area, min_share):
     scores = np.linspace(.9, .1, len(m))
     found = Instances.from_masks(m, np.arange(len(m)) + 1, scores)
-    alone = remove_overlaps(found, min_area)
+    alone = remove_overlaps(found, min_area, min_share)
     left = [m[i] & ~m[:i].any(0) for i in range(len(m))]  # better scores come first
-    expected = [(i, x) for i, x in enumerate(left) if x.sum() >= max(min_area, 1)]
+    expected = [(i, x) for i, x in enumerate(left) if x.sum() >= max(min_area, 1) and x.sum() >= min_share * m[i].sum()]
     assert alone.labels.tolist() == [i + 1 for i, _ in expected] and np.allclose(alone.scores, scores[[i for i, _ in expected]])
     assert (alone.masks() == np.array([x for _, x in expected], bool).reshape(-1, *m.shape[1:])).all()
 
