@@ -6,7 +6,7 @@
 __all__ = ['LETTERS', 'ROLE_COLOURS', 'COLOURS', 'Diagram', 'show_diagram', 'set_seed', 'to_array', 'show_image', 'show_images',
            'show_boxes', 'show_masks', 'show_instances']
 
-# %% ../nbs/00_core.ipynb #14e00c72
+# %% ../nbs/00_core.ipynb #506a5fe9
 import random
 from importlib.resources import files
 import numpy as np, torch
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-# %% ../nbs/00_core.ipynb #f819db9c
+# %% ../nbs/00_core.ipynb #f23752d7
 class Diagram:
     "An SVG picture that Jupyter shows."
     def __init__(self, svg): self.svg = svg
@@ -31,14 +31,14 @@ def show_diagram(
     svg = svg.replace('class="mrcnn-overview"', f'class="mrcnn-overview phase-{phase}"')
     return Diagram(svg.replace(f'<g id="{box}" class="', f'<g id="{box}" class="lit '))
 
-# %% ../nbs/00_core.ipynb #79c79a03
+# %% ../nbs/00_core.ipynb #762ad5ba
 LETTERS = {
     'B': 'images in the batch', 'A': 'anchors of one image', 'G': 'ground-truth slots of one image',
     'P': 'proposals of one image', 'R': 'sampled rois of one image', 'M': 'positive rois, the first M of the R',
     'D': 'detections of one image', 'K': 'classes, background 0 included', 'C': 'channels',
     'H': 'height in pixels', 'W': 'width in pixels', 'S': "side of a roi's mask target"}
 
-# %% ../nbs/00_core.ipynb #ee397aca
+# %% ../nbs/00_core.ipynb #5f5c5489
 def set_seed(
     seed=0,  # any integer
 ):
@@ -47,7 +47,7 @@ def set_seed(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #1c7e6df5
+# %% ../nbs/00_core.ipynb #86691444
 def to_array(x):
     "Tensor or array as a numpy array on the CPU."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
@@ -89,7 +89,7 @@ def show_images(
     for ax in grid.flat[n:]: ax.set_axis_off()
     return [show_image(im, ax, t) for im, ax, t in zip(images, grid.flat, titles or [None]*n)]
 
-# %% ../nbs/00_core.ipynb #22454005
+# %% ../nbs/00_core.ipynb #451fcdfc
 ROLE_COLOURS = {'gt': 'white', 'positive': '#22c55e', 'negative': '#ef4444', 'ignored': '#9ca3af',
                 'anchor': '#38bdf8', 'proposal': '#f59e0b', 'prediction': '#facc15'}
 COLOURS = [to_rgb(c) for c in ('#f59e0b', '#38bdf8', '#a3e635', '#f472b6', '#c084fc', '#2dd4bf', '#fb7185', '#fde047')]
@@ -120,7 +120,7 @@ def show_boxes(
                          clip_on=True, bbox=dict(facecolor=colour, edgecolor='none', pad=1, alpha=.8))
     return ax
 
-# %% ../nbs/00_core.ipynb #ed8e561f
+# %% ../nbs/00_core.ipynb #a9395438
 def show_masks(
     masks,         # (n,H,W) 0 or 1; n may be 0
     ax,            # axes to draw on
@@ -136,16 +136,18 @@ def show_masks(
     if len(masks): ax.imshow(layer)
     return ax
 
-# %% ../nbs/00_core.ipynb #dbb0d227
+# %% ../nbs/00_core.ipynb #e1d25ec7
 def show_instances(
     image,       # (3,H,W) or (H,W,3)
     instances,   # the objects: boxes (n,4), labels (n,), scores (n,) or None, masks() (n,H,W)
     ax=None,     # axes to draw on
     names=None,  # class names, names[0] the background
     title=None,  # text above
+    captions=30, # with more objects than this, no captions and thin boxes, or they would hide the picture
 ):
     "Draw an image with its objects: mask, box, class, and score where there is one."
     ax = show_image(image, ax, title, figsize=(4, 4))
     show_masks(instances.masks(), ax)
     role = 'gt' if instances.scores is None else 'prediction'
+    if len(instances.boxes) > captions: return show_boxes(instances.boxes, ax, role=role, linewidth=.6)
     return show_boxes(instances.boxes, ax, instances.labels, instances.scores, names, role=role)

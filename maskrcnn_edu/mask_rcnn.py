@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'MaskRCNNConfig', 'Detections', 'Noise', 'MaskRCNN']
 
-# %% ../nbs/19_mask_rcnn.ipynb #a4009ddf
+# %% ../nbs/19_mask_rcnn.ipynb #7f2cce7e
 from dataclasses import dataclass, replace
 from functools import partial
 import torch
@@ -23,7 +23,7 @@ from .resnet import ResNet, TINY
 from .roi_align import pyramid_roi_align
 from .rpn import RPN
 
-# %% ../nbs/19_mask_rcnn.ipynb #23438a46
+# %% ../nbs/19_mask_rcnn.ipynb #edda8be7
 @dataclass(frozen=True)
 class MaskRCNNConfig:
     "Every number of the model; the defaults are the paper's R-50-FPN on COCO."
@@ -64,7 +64,7 @@ class MaskRCNNConfig:
     nms_iou: float = 0.5
     n_detections: int = 100             # D
 
-# %% ../nbs/19_mask_rcnn.ipynb #75561ad2
+# %% ../nbs/19_mask_rcnn.ipynb #477987ee
 class Detections(NamedTuple):
     "What was found in a batch; label 0 = empty slot."
     boxes: Tensor   # (B, D, 4) xyxy, pixels of the network's input
@@ -163,8 +163,8 @@ class MaskRCNN(nn.Module):
         draw = partial(torch.rand, generator=g, device=like.device, dtype=like.dtype)
         return Noise(draw(n_images, n_anchors), draw(n_images, n_candidates))
 
-# %% ../nbs/19_mask_rcnn.ipynb #7216ea77
+# %% ../nbs/19_mask_rcnn.ipynb #209dd13e
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
-    sizes=((8,), (16,), (32,), (64,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
+    sizes=((16,), (32,), (64,), (96,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
     n_rois=32, n_detections=20)

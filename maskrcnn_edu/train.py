@@ -92,7 +92,7 @@ class Recipe:
 
 SHAPES_RECIPE = Recipe(SHAPES, (FlipTurn(quarters=(0,)),), tuple(colour()), epochs=24, ap_every=4)   # triangles stand upright
 
-NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
+NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((8,), (16,), (32,), (64,), (128,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
                  rpn_sample=256, n_rois=96, n_detections=400)
 NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8)), FlipTurn(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
                        slots=64, bs=4, epochs=10, repeat=2, ap_every=2)
