@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header', 'load_weights', 'from_torchvision']
 
-# %% ../nbs/22_checkpoints.ipynb #e1e1c1be
+# %% ../nbs/22_checkpoints.ipynb #029cedc1
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ import maskrcnn_edu
 from .data import write_atomic
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig
 
-# %% ../nbs/22_checkpoints.ipynb #46c33719
+# %% ../nbs/22_checkpoints.ipynb #1d38f0d2
 def save_weights(
     model: MaskRCNN,
     path,                 # file to write, .safetensors
@@ -50,7 +50,7 @@ def find_weights(
     names = sorted(p.stem for p in shipped('x').parent.glob('*.safetensors'))
     raise FileNotFoundError(f'{weights}: no such weight file; give a .safetensors file or one of {", ".join(names) or "(none ships)"}.')
 
-# %% ../nbs/22_checkpoints.ipynb #7e8dc56b
+# %% ../nbs/22_checkpoints.ipynb #73550904
 class WeightsError(ValueError):
     "A weight file that cannot be used: the message names the file and what to do."
 
@@ -91,7 +91,7 @@ def load_weights(
     except RuntimeError as e: raise WeightsError(f'{path}: tensors do not fit the configuration in its header ({str(e).splitlines()[-1].strip()}).') from None
     return model.to(device).eval(), names
 
-# %% ../nbs/22_checkpoints.ipynb #f3770357
+# %% ../nbs/22_checkpoints.ipynb #2d92694a
 def from_torchvision(
     state: dict[str, Tensor],   # of maskrcnn_resnet50_fpn
 ) -> dict[str, Tensor]:         # for MaskRCNN with the default configuration

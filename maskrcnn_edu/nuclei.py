@@ -6,7 +6,7 @@
 __all__ = ['find_nuclei', 'open_zip', 'Files', 'NucleiImage', 'group', 'read_mask', 'NucleiReader', 'read_nuclei', 'read_split',
            'load_nuclei', 'remove_overlaps', 'pairs', 'rle_encode', 'rle_decode', 'submission_csv', 'dsb_table']
 
-# %% ../nbs/23_nuclei.ipynb #c0aff34a
+# %% ../nbs/23_nuclei.ipynb #a810b416
 import functools, json, os, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import maskrcnn_edu
 from .data import IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, check_members, crop_boxes, read_image, rgb, runs, write_atomic
 from .evaluate import dsb_score, mean_dsb
 
-# %% ../nbs/23_nuclei.ipynb #c47ca94d
+# %% ../nbs/23_nuclei.ipynb #3f26a422
 def find_nuclei(): # path or None
     "The zip of real nuclei: where MASKRCNN_EDU_NUCLEI says, or shared/data/ beside the repository or the working folder"
     given = os.environ.get('MASKRCNN_EDU_NUCLEI')
@@ -27,7 +27,7 @@ def find_nuclei(): # path or None
     places = [p/'shared'/'data'/'dsb2018_stage1_train.zip' for r in roots for p in (r, *r.parents)]
     return next((p for p in places if p.is_file()), None)
 
-# %% ../nbs/23_nuclei.ipynb #a8cf54bf
+# %% ../nbs/23_nuclei.ipynb #95390239
 @functools.lru_cache(maxsize=8)
 def open_zip(
     path, # of a zip
@@ -52,7 +52,7 @@ class Files:
     def open(self, name): # binary file
         return (self.path/name).open('rb') if self.path.is_dir() else open_zip(str(self.path), os.getpid()).open(name)
 
-# %% ../nbs/23_nuclei.ipynb #abcfd19b
+# %% ../nbs/23_nuclei.ipynb #f0d2d9cc
 @dataclass(frozen=True)
 class NucleiImage:
     "The files of one image"
@@ -124,7 +124,7 @@ def read_nuclei(
     records = [NucleiImage(i, found[i]['images'][0], tuple(found[i]['masks']) if 'masks' in found[i] else None) for i in ids or sorted(found)]
     return InstanceDataset(records, ['background', 'nucleus'], NucleiReader(files), cache)
 
-# %% ../nbs/23_nuclei.ipynb #714d4bf9
+# %% ../nbs/23_nuclei.ipynb #4e6c32a4
 def read_split(
     path, # of the json
 ): # dict: train (ids), valid (ids), kind (dict id -> kind)
@@ -159,7 +159,7 @@ def load_nuclei(
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])), {i: 'unknown' for i in whole.names}
 
-# %% ../nbs/23_nuclei.ipynb #a29cda9d
+# %% ../nbs/23_nuclei.ipynb #badae39e
 def remove_overlaps(
     instances, # Instances
     min_area=12, # pixels; smaller remains are dropped (the smallest true nucleus has 21)
@@ -173,7 +173,7 @@ def remove_overlaps(
     alone = Instances.from_label_map(np.where(np.isin(label_map, keep + 1), label_map, 0))
     return replace(alone, labels=instances.labels[keep], scores=None if instances.scores is None else instances.scores[keep])
 
-# %% ../nbs/23_nuclei.ipynb #57277b52
+# %% ../nbs/23_nuclei.ipynb #5a3e60d7
 def pairs(
     counts, # run lengths, zeros first
 ): # str
@@ -213,7 +213,7 @@ def submission_csv(
     write_atomic(path, ('\n'.join(rows) + '\n').encode())
     return Path(path)
 
-# %% ../nbs/23_nuclei.ipynb #595b8e7e
+# %% ../nbs/23_nuclei.ipynb #199379a4
 def dsb_table(
     dataset, # InstanceDataset
     predictions, # dict name -> Instances with scores, one for every image
