@@ -9,13 +9,13 @@ __all__ = ['SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'CocoMetrics', 'Re
            'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'unique_names', 'write_prediction',
            'to_coco']
 
-# %% ../nbs/24_train.ipynb #1e44bc1c
+# %% ../nbs/24_train.ipynb #ff9e3ddc
 import warnings
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)   # fastai uses torch.jit.script, which torch gives up; no user can do anything about it
     import fastai.layers
 
-# %% ../nbs/24_train.ipynb #e79ec098
+# %% ../nbs/24_train.ipynb #b6f91d30
 import json, os, sys, zipfile
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
 
-# %% ../nbs/24_train.ipynb #c2d7b04f
+# %% ../nbs/24_train.ipynb #3434169f
 class CocoMetrics(Callback):
     "Average precision of boxes and masks on the validation batches, every few epochs."
     order = 45   # before the Recorder writes its row
@@ -74,7 +74,7 @@ class CocoMetrics(Callback):
 
     def value(self, name): return self.scores.get(name, float('nan'))
 
-# %% ../nbs/24_train.ipynb #c582bab0
+# %% ../nbs/24_train.ipynb #fd68549b
 @dataclass(frozen=True)
 class Recipe:
     "How to train."
@@ -109,7 +109,7 @@ def coco_recipe(
     config = replace(SHAPES, n_classes=len(train.classes), sizes=sizes, n_detections=100, n_post_predict=300)
     return Recipe(config, (ScaleCrop(size), FlipTurn(), CentreCrop(size)), tuple(colour()), slots, bs=8 if size <= 128 else 4)
 
-# %% ../nbs/24_train.ipynb #572aab76
+# %% ../nbs/24_train.ipynb #1e4f6b89
 def run_folder(
     out,             # folder
     resume=False,    # go on in it
@@ -180,13 +180,13 @@ def fit(
     if state['epochs'] < recipe.epochs: learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=recipe.wd, start_epoch=state['epochs'])
     return learn
 
-# %% ../nbs/24_train.ipynb #1be2b043
+# %% ../nbs/24_train.ipynb #c885ec2e
 def predict_all(
     model: MaskRCNN,
     dataset: InstanceDataset,
-) -> dict[str, Instances]:     # by name of the image
+) -> list[Instances]:          # in the order of the images
     "The objects in every image."
-    return {s.name: predict_instances(model, s.image) for s in (dataset[i] for i in progress_bar(range(len(dataset)), leave=False))}
+    return [predict_instances(model, dataset[i].image) for i in progress_bar(range(len(dataset)), leave=False)]
 
 
 def evaluate(
@@ -196,17 +196,17 @@ def evaluate(
 ) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
     "Scores of a model on a data set."
     found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
-    for s in dataset: coco.add(s.instances, found[s.name])
+    for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
-    return scores | (dsb_table(dataset, surely(found), kinds) if kinds else {})
+    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found))), kinds) if kinds else {})
 
 
 def surely(
-    found: dict[str, Instances],
+    found: list[Instances],
     min_score=0.5,       # less sure than this is left out
-) -> dict[str, Instances]:
+) -> list[Instances]:
     "Only what the model is sure of: a score that counts false positives wants no guesses."
-    return {k: v[v.scores >= min_score] for k, v in found.items()}
+    return [f[f.scores >= min_score] for f in found]
 
 
 def results_figure(
@@ -243,7 +243,7 @@ def finish(
     plt.close(fig)
     return scores
 
-# %% ../nbs/24_train.ipynb #cb30c076
+# %% ../nbs/24_train.ipynb #a876edf0
 def train_shapes(out='runs/shapes', data=None, epochs=None, recipe=SHAPES_RECIPE, **kwargs) -> dict:
     "Train on the shapes; `data` is a folder or zip in their layout, `kwargs` go to `fit`."
     train, valid = load_splits(data or shapes_folder())
@@ -271,7 +271,7 @@ def with_epochs(recipe, epochs) -> Recipe:
     if epochs is not None and epochs < 1: raise DataError(f'--epochs {epochs}: at least 1.')
     return replace(recipe, epochs=epochs) if epochs else recipe
 
-# %% ../nbs/24_train.ipynb #68408752
+# %% ../nbs/24_train.ipynb #e7e7c61b
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Mask R-CNN: train, evaluate, predict.', pretty_exceptions_enable=False)
 
 
