@@ -131,7 +131,8 @@ def test_metadata_stands_in_one_place(monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert (given['name'], given['version'], given['license']) == (meta['lib_name'], meta['version'], meta['license'])
     assert given['python_requires'] == '>=' + meta['min_python'] and given['description'] == meta['description']
-    assert 'torch>=2.11' in given['install_requires'] and 'pytest>=9.2' in given['extras_require']['dev']
+    assert given['install_requires'] == meta['requirements'].split() and given['extras_require']['dev'] == meta['dev_requirements'].split()
+    assert any(r.startswith('torch>=') for r in given['install_requires'])
     assert package in given['packages'] and not any(p.startswith('tests') for p in given['packages'])
     assert meta['version'] not in (root/'setup.py').read_text() + (root/'pyproject.toml').read_text()
     version = re.search(r'^__version__ = "(.*)"$', (root/package/'__init__.py').read_text(), re.M)[1]
