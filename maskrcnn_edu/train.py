@@ -9,13 +9,13 @@ __all__ = ['SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'CocoMetrics', 'Re
            'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'unique_names', 'write_prediction',
            'to_coco']
 
-# %% ../nbs/24_train.ipynb #ff9e3ddc
+# %% ../nbs/24_train.ipynb #026a57b0
 import warnings
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)   # fastai uses torch.jit.script, which torch gives up; no user can do anything about it
     import fastai.layers
 
-# %% ../nbs/24_train.ipynb #b6f91d30
+# %% ../nbs/24_train.ipynb #6de495e3
 import json, os, sys, zipfile
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
 
-# %% ../nbs/24_train.ipynb #3434169f
+# %% ../nbs/24_train.ipynb #17a6cfd0
 class CocoMetrics(Callback):
     "Average precision of boxes and masks on the validation batches, every few epochs."
     order = 45   # before the Recorder writes its row
@@ -74,7 +74,7 @@ class CocoMetrics(Callback):
 
     def value(self, name): return self.scores.get(name, float('nan'))
 
-# %% ../nbs/24_train.ipynb #fd68549b
+# %% ../nbs/24_train.ipynb #57a0137d
 @dataclass(frozen=True)
 class Recipe:
     "How to train."
@@ -109,7 +109,7 @@ def coco_recipe(
     config = replace(SHAPES, n_classes=len(train.classes), sizes=sizes, n_detections=100, n_post_predict=300)
     return Recipe(config, (ScaleCrop(size), FlipTurn(), CentreCrop(size)), tuple(colour()), slots, bs=8 if size <= 128 else 4)
 
-# %% ../nbs/24_train.ipynb #1e4f6b89
+# %% ../nbs/24_train.ipynb #f837c00b
 def run_folder(
     out,             # folder
     resume=False,    # go on in it
@@ -180,7 +180,7 @@ def fit(
     if state['epochs'] < recipe.epochs: learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=recipe.wd, start_epoch=state['epochs'])
     return learn
 
-# %% ../nbs/24_train.ipynb #c885ec2e
+# %% ../nbs/24_train.ipynb #03452458
 def predict_all(
     model: MaskRCNN,
     dataset: InstanceDataset,
@@ -243,7 +243,7 @@ def finish(
     plt.close(fig)
     return scores
 
-# %% ../nbs/24_train.ipynb #a876edf0
+# %% ../nbs/24_train.ipynb #d93aa2e4
 def train_shapes(out='runs/shapes', data=None, epochs=None, recipe=SHAPES_RECIPE, **kwargs) -> dict:
     "Train on the shapes; `data` is a folder or zip in their layout, `kwargs` go to `fit`."
     train, valid = load_splits(data or shapes_folder())
@@ -271,7 +271,7 @@ def with_epochs(recipe, epochs) -> Recipe:
     if epochs is not None and epochs < 1: raise DataError(f'--epochs {epochs}: at least 1.')
     return replace(recipe, epochs=epochs) if epochs else recipe
 
-# %% ../nbs/24_train.ipynb #e7e7c61b
+# %% ../nbs/24_train.ipynb #78cd20f7
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Mask R-CNN: train, evaluate, predict.', pretty_exceptions_enable=False)
 
 
