@@ -5,32 +5,34 @@
 # %% auto #0
 __all__ = ['cell_anchors', 'grid_anchors', 'pyramid_anchors', 'level_counts']
 
-# %% ../nbs/03_anchors.ipynb #9f39a605
+# %% ../nbs/03_anchors.ipynb #3a7fb595
 import torch
 from torch import Tensor
+from .boxes import numbers
 
-# %% ../nbs/03_anchors.ipynb #3e50886d
+# %% ../nbs/03_anchors.ipynb #8fb302b1
 def cell_anchors(
     sizes,                 # sides in pixels of the square of equal area, one or more
     ratios=(0.5, 1., 2.),  # height / width
     rounded=True,          # whole half-sides, as torchvision's weights expect
+    device='cpu',          # where the anchors are made
 ) -> Tensor:               # (len(ratios) * len(sizes), 4) xyxy around the origin
     "The anchors of one cell, centred on (0, 0)."
-    sizes, ratios = torch.tensor(sizes, dtype=torch.float32), torch.tensor(ratios, dtype=torch.float32)
+    sizes, ratios = (numbers(x, torch.empty(0, device=device)) for x in (sizes, ratios))
     height = (ratios.sqrt()[:, None] * sizes).flatten()
     width = (sizes / ratios.sqrt()[:, None]).flatten()
     half = torch.stack([-width, -height, width, height], 1) / 2
     return half.round() if rounded else half
 
-# %% ../nbs/03_anchors.ipynb #836e52fb
+# %% ../nbs/03_anchors.ipynb #e52604a4
 def grid_anchors(
     cell: Tensor,             # (n, 4) anchors around the origin
     feature_size,             # (Hi, Wi) rows and columns of the map
     stride,                   # (sy, sx) pixels between neighbouring cells
 ) -> Tensor:                  # (Hi * Wi * n, 4) xyxy
     "The anchors of one level."
-    y = torch.arange(feature_size[0]) * stride[0]
-    x = torch.arange(feature_size[1]) * stride[1]
+    y = torch.arange(feature_size[0], device=cell.device) * stride[0]
+    x = torch.arange(feature_size[1], device=cell.device) * stride[1]
     y, x = torch.meshgrid(y, x, indexing='ij')
     shift = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)  # (Hi * Wi, 1, 4)
     return (shift + cell).reshape(-1, 4)                     # (Hi * Wi * n, 4)
@@ -42,11 +44,12 @@ def pyramid_anchors(
     sizes=((32,), (64,), (128,), (256,), (512,)),  # a tuple a level, pixels
     ratios=(0.5, 1., 2.),                        # height / width
     rounded=True,                                # whole half-sides
+    device='cpu',                                # where the anchors are made
 ) -> Tensor:                                     # (A, 4) xyxy
     "The anchors of all levels (FPN, section 4.1)."
     if len(sizes) != len(feature_sizes):
         raise ValueError(f'sizes has {len(sizes)} levels but there are {len(feature_sizes)} feature maps: give one tuple of sizes a map.')
-    levels = [grid_anchors(cell_anchors(size, ratios, rounded), (h, w), (image_size[0] // h, image_size[1] // w))
+    levels = [grid_anchors(cell_anchors(size, ratios, rounded, device), (h, w), (image_size[0] // h, image_size[1] // w))
               for size, (h, w) in zip(sizes, feature_sizes)]
     return torch.cat(levels)
 

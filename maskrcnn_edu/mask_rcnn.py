@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'MaskRCNNConfig', 'Detections', 'Noise', 'MaskRCNN']
 
-# %% ../nbs/19_mask_rcnn.ipynb #7f2cce7e
+# %% ../nbs/19_mask_rcnn.ipynb #c621e6f4
 from dataclasses import dataclass, replace
 from functools import partial
 import torch
@@ -23,7 +23,7 @@ from .resnet import ResNet, TINY
 from .roi_align import pyramid_roi_align
 from .rpn import RPN
 
-# %% ../nbs/19_mask_rcnn.ipynb #edda8be7
+# %% ../nbs/19_mask_rcnn.ipynb #854dc6fa
 @dataclass(frozen=True)
 class MaskRCNNConfig:
     "Every number of the model; the defaults are the paper's R-50-FPN on COCO."
@@ -64,7 +64,7 @@ class MaskRCNNConfig:
     nms_iou: float = 0.5
     n_detections: int = 100             # D
 
-# %% ../nbs/19_mask_rcnn.ipynb #477987ee
+# %% ../nbs/19_mask_rcnn.ipynb #7be6dce0
 class Detections(NamedTuple):
     "What was found in a batch; label 0 = empty slot."
     boxes: Tensor   # (B, D, 4) xyxy, pixels of the network's input
@@ -153,8 +153,8 @@ class MaskRCNN(nn.Module):
         return predict_masks(self.mask_head, self.mask_predictor, self.roi_align(features, rois, self.config.mask_bins, image_size, filled), filled)
 
     def roi_align(self, features, rois, size, image_size, filled) -> Tensor:
-        "Pieces of P2..P5; P6 is for the RPN only. Empty slots are skipped where shapes may depend on the data."
-        c, filled = self.config, None if torch.compiler.is_compiling() else filled
+        "Pieces of P2..P5; P6 is for the RPN only. Empty slots cost nothing and stay 0."
+        c = self.config
         return pyramid_roi_align(features[:4], rois, size, image_size, c.sampling, c.aligned, c.canonical_size, filled)
 
     def draw_noise(self, n_images, n_anchors, n_candidates, like: Tensor) -> Noise:
@@ -163,7 +163,7 @@ class MaskRCNN(nn.Module):
         draw = partial(torch.rand, generator=g, device=like.device, dtype=like.dtype)
         return Noise(draw(n_images, n_anchors), draw(n_images, n_candidates))
 
-# %% ../nbs/19_mask_rcnn.ipynb #209dd13e
+# %% ../nbs/19_mask_rcnn.ipynb #b2426278
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
     sizes=((16,), (32,), (64,), (96,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['top_per_level', 'Proposals', 'propose', 'best']
 
-# %% ../nbs/10_proposals.ipynb #8977b811
+# %% ../nbs/10_proposals.ipynb #200b720f
 import torch
 from torch import Tensor
 from typing import NamedTuple
-from .boxes import clip, decode, has_size
+from .boxes import clip, decode, has_size, numbers
 from .nms import nms_keep
 
-# %% ../nbs/10_proposals.ipynb #82c8776d
+# %% ../nbs/10_proposals.ipynb #d6f90071
 def top_per_level(
     scores: Tensor,        # (A,)
     level_sizes,           # anchors of each level, they sum to A
     n: int,                # columns of the table
 ) -> tuple[Tensor, Tensor]:  # index into A (L, n) and whether the slot is filled (L, n)
     "The `n` best anchors of every level, surest first."
-    sizes = torch.tensor(level_sizes, device=scores.device)
+    sizes = numbers(level_sizes, scores, torch.int64)
     level = torch.arange(len(sizes), device=scores.device).repeat_interleave(sizes, output_size=len(scores))  # (A,)
     order = scores.argsort(descending=True, stable=True)               # (A,)
     order = order[level[order].argsort(stable=True)]                   # by level, then by score
@@ -27,7 +27,7 @@ def top_per_level(
     slot = (sizes.cumsum(0) - sizes)[:, None] + rank                   # (L, n)
     return order[slot.clamp(max=len(scores) - 1)], rank < sizes[:, None]
 
-# %% ../nbs/10_proposals.ipynb #3bf69e20
+# %% ../nbs/10_proposals.ipynb #d64eda3b
 class Proposals(NamedTuple):
     "Places worth a second look."
     boxes: Tensor   # (P, 4) xyxy

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RPNOutput', 'RPN']
 
-# %% ../nbs/11_rpn.ipynb #4d940e20
+# %% ../nbs/11_rpn.ipynb #ba16fed7
 from functools import partial
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .rpn_head import RPNHead
 from .rpn_loss import rpn_loss
 from .rpn_targets import RPNTargets, rpn_targets
 
-# %% ../nbs/11_rpn.ipynb #82280aa7
+# %% ../nbs/11_rpn.ipynb #75d2da80
 class RPNOutput(NamedTuple):
     "What the head answered, and for which anchors."
     anchors: Tensor      # (A, 4)
@@ -53,7 +53,7 @@ class RPN(nn.Module):
         "Ask every anchor."
         objectness, deltas = self.head(features)                         # (B, A), (B, A, 4)
         feature_sizes = [tuple(f.shape[-2:]) for f in features]
-        anchors = pyramid_anchors(image_size, feature_sizes, self.sizes, self.ratios).to(deltas)
+        anchors = pyramid_anchors(image_size, feature_sizes, self.sizes, self.ratios, device=deltas.device).to(deltas)
         per_cell = self.head.cls_logits.out_channels
         return RPNOutput(anchors, objectness, deltas, tuple(image_size), tuple(h * w * per_cell for h, w in feature_sizes))
 
