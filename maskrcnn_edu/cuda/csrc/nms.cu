@@ -11,16 +11,6 @@ constexpr int word_bits = 64;
 
 template <class A> struct Box { A x1, y1, x2, y2, area; };
 
-// Products are rounded before they are added up, as on the CPU: the same boxes stay, to the last bit.
-template <class A> __device__ A product(A a, A b) {
-#ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<A, double>) return __dmul_rn(a, b);
-  else return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 template <class A> __device__ Box<A> read_box(const A* xyxy) {
   return {xyxy[0], xyxy[1], xyxy[2], xyxy[3], product(xyxy[2] - xyxy[0], xyxy[3] - xyxy[1])};
 }

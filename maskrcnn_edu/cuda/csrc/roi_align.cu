@@ -80,19 +80,19 @@ __global__ void find_taps(Maps maps, const A* boxes, const int64_t* image, const
   if (!maps.hold(image[box], level[box])) return;
 
   const A scale = A(maps.scale[level[box]]), shift = taps.aligned ? A(.5) : A(0);
-  const A start = boxes[4 * box + 1 - axis] * scale - shift, stop = boxes[4 * box + 3 - axis] * scale - shift;
+  const A start = product(boxes[4 * box + 1 - axis], scale) - shift, stop = product(boxes[4 * box + 3 - axis], scale) - shift;
   const int cells = axis ? maps.width[level[box]] : maps.height[level[box]];
   if (cells == 0 || !isfinite(stop - start)) return;
   const A extent = taps.aligned ? stop - start : max(stop - start, A(1)), width = extent / bins;
   const bool adaptive = taps.sampling <= 0;
   const A count = adaptive ? min(max(ceil(width), A(0)), A(1e9)) : A(taps.sampling);
-  const Points<A> points{start + bin * width, width, count};
+  const Points<A> points{start + product(A(bin), width), width, count};
 
   // Room for the taps. Adaptive points are at most a cell apart, so the cells between the bin's edges will do;
   // two lists overlap by two cells at most. Of a giant box only the points that can be inside are looked at.
   int lowest = 0, highest = cells - 1, first = 0, end = int(count), place = bin * (taps.room[axis] / bins);
   if (adaptive) {
-    const A last_cell = A(cells - 1), far_edge = start + (bin + 1) * width;
+    const A last_cell = A(cells - 1), far_edge = start + product(A(bin + 1), width);
     if (!(count > 0)) return;
     lowest = int(min(max(points.start, A(0)), last_cell)), highest = int(min(max(far_edge, A(-1)), last_cell - 1)) + 1;
     place = lowest + 2 * bin;
@@ -343,7 +343,7 @@ void backward(const Tensor& grad, const std::vector<Tensor>& features, Rois& roi
   std::vector<Tensor> sums;
   for (const Tensor& f : features) {
     const bool last = is_channels_last(f);
-    out.push_back(last ? torch::stable::empty_like(f) : torch::stable::new_empty(f, f.sizes()));
+    out.push_back(torch::stable::empty_like(f));
     sums.push_back(last && sums_are_the_gradient ? out.back() : empty_channels_last(f, cell_type));
     torch::stable::zero_(sums.back());
   }
@@ -354,9 +354,11 @@ void backward(const Tensor& grad, const std::vector<Tensor>& features, Rois& roi
          maps, data<int64_t>(rois.image), data<int64_t>(rois.level), taps, data<T>(grad), adder);
   for (size_t l = 0; l < features.size(); l++) {
     const Tensor& f = features[l];
-    if (!is_channels_last(f))
-      turn_images(f, data<Cell>(sums[l]), f.size(2) * f.size(3), channels, adder, data<T>(out[l]), device);
-    else if (!sums_are_the_gradient)
+    if (!is_channels_last(f)) {
+      Tensor rows = out[l].is_contiguous() ? out[l] : torch::stable::new_empty(f, f.sizes());
+      turn_images(f, data<Cell>(sums[l]), f.size(2) * f.size(3), channels, adder, data<T>(rows), device);
+      if (!out[l].is_contiguous()) torch::stable::copy_(out[l], rows);  // rows and columns exchanged, say
+    } else if (!sums_are_the_gradient)
       launch(convert<Cell, T, Adder>, blocks_for(f.numel(), 256), 256, device, data<Cell>(sums[l]), f.numel(), adder, data<T>(out[l]));
   }
 }
