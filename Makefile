@@ -7,13 +7,15 @@ DATA    ?= ../shared/data/dsb2018_stage1_train.zip
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv train nuclei test lab readme clean
+.PHONY: help venv train nuclei test bench gpu lab readme clean
 
 help:
 	@echo 'make venv     the environment in $(VENV) (about 6 GB, a few minutes)'
 	@echo 'make train    train on the shapes, results in runs/shapes'
 	@echo 'make nuclei   train on real nuclei, DATA=folder or zip, results in runs/nuclei'
 	@echo 'make test     run every notebook, then pytest'
+	@echo 'make bench    our ops beside torchvision'\''s on this CPU, into benchmarks/results/ops.json'
+	@echo 'make gpu      all checks and measurements that need a GPU, into benchmarks/results/; PYTHON has torch and torchvision'
 	@echo 'make lab      open the notebooks'
 	@echo 'make readme   write README.md from nbs/index.ipynb'
 	@echo 'make clean    remove caches and build leftovers'
@@ -37,6 +39,13 @@ test: export MKL_NUM_THREADS := 1
 test: venv
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests
+
+bench: venv
+	$(BIN)/python benchmarks/ops.py
+
+# on a machine that has torch and torchvision already: no environment of its own is made
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 lab: venv
 	$(BIN)/nbdev-trust

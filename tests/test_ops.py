@@ -217,21 +217,27 @@ def test_under_autocast_maps_may_be_half_while_boxes_are_not():
 def paste_cases(draw):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, h, w = draw(st.sampled_from([0, 1, 3, 9])), draw(st.integers(1, 150)), draw(st.integers(1, 150))
-    return torch.rand(n, *[draw(st.sampled_from([7, 14, 28]))] * 2, generator=g), random_boxes(g, n, max(h, w), draw(st.booleans())), h, w
+    return torch.rand(n, *[draw(st.sampled_from([7, 14, 28]))] * 2, generator=g), random_boxes(g, n, max(h, w), draw(st.booleans())), h, w, draw(st.booleans())
 
 @many
 @given(paste_cases())
 def test_pasted_masks_are_those_of_torchvision(case):
-    masks, boxes, h, w = case
-    pasted = paste_masks(masks, boxes, h, w)
+    masks, boxes, h, w, aligned = case
+    pasted = paste_masks(masks, boxes, h, w, aligned=aligned)
     assert pasted.dtype == torch.bool and pasted.shape == (len(masks), h, w)
     if not len(masks): return
-    soft = paste_soft(masks, boxes, h, w)
+    soft = paste_soft(masks, boxes, h, w, aligned)
     assert (pasted == (soft >= .5))[(soft - .5).abs() > 1e-4].all()
     proper = (boxes[:, 2:] - boxes[:, :2] >= 0).all(1) & (boxes >= 0).all(1) & (boxes[:, 2] <= w) & (boxes[:, 3] <= h)   # as theirs come, after clipping
-    if not proper.any(): return
+    if not proper.any() or aligned: return
     expected = paste_masks_in_image(masks[proper][:, None], boxes[proper], (h, w))[:, 0]
     assert (pasted[proper] == (expected >= .5))[(expected - .5).abs() > 1e-4].all()
+
+def test_an_aligned_mask_comes_back_as_it_was():
+    small = torch.rand(3, 28, 28) > .5
+    boxes = torch.tensor([[2., 3, 30, 31], [10, 0, 38, 28], [5, 5, 33, 33]])      # a bin is a pixel
+    pasted = paste_masks(small.float(), boxes, 40, 40, aligned=True)
+    for mask, (x1, y1, x2, y2), whole in zip(small, boxes.long().tolist(), pasted): assert torch.equal(whole[y1:y2, x1:x2], mask) and whole.sum() == mask.sum()
 
 def test_pasting_awful_boxes():
     boxes = torch.tensor([[nan, 0, 5, 5], [0, 0, inf, 5], [-1e30, -1e30, 1e30, 1e30], [500, 500, 600, 600], [9, 9, 3, 3], [2, 2, 8, 8.]])
@@ -255,7 +261,7 @@ def samples():
     yield ops.roi_align.default, ([x.detach().half() for x in features], *args)
     yield ops.roi_align_backward.default, (torch.randn(20, 3, 3, 2, generator=g), [x.detach() for x in features], *args, True)
     yield ops.roi_align_backward.default, (torch.randn(20, 3, 3, 2, generator=g), [x.detach() for x in channels_last], *args, False)
-    yield ops.paste_masks.default, (torch.rand(20, 28, 28, generator=g), boxes, 30, 40, .5)
+    yield ops.paste_masks.default, (torch.rand(20, 28, 28, generator=g), boxes, 30, 40, .5, False)
 
 @pytest.mark.parametrize('op, args', list(samples()), ids=lambda x: getattr(x, '__name__', ''))
 def test_opcheck(op, args): assert set(torch.library.opcheck(op, args).values()) == {'SUCCESS'}
