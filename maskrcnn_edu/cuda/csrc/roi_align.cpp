@@ -33,7 +33,7 @@ Axis<T> axis(T start, T end, int64_t bins, int64_t sampling, bool aligned, int64
       if (weight != 0) out.taps.push_back({cell, weight});
     };
     double first = 0, last = points;
-    if (points > 64) {  // of a giant box only the points that can be inside, and a few more
+    if (points > 64 && width > 0) {  // of a giant box only the points that can be inside, and a few more
       const double step = double(width) / points, base = double(start) + double(bin) * width;
       first = std::max(first, std::floor((-1 - base) / step) - 2), last = std::min(last, std::ceil((cells - base) / step) + 2);
     }
