@@ -123,7 +123,7 @@ def test_pyramid_with_empty_slots(ops, threads, kind):
 @pytest.mark.parametrize('kind', ['first', 'last'])
 def test_maps_of_one_row_column_or_channel(ops, threads, kind):
     torch.manual_seed(0)
-    boxes = some_boxes(10, 12)
+    boxes = torch.cat([torch.tensor([[0., 10, 3, -1], [10, 0, -1, 3]]), some_boxes(10, 12)])   # first two that run backwards over a few cells
     image, level = torch.zeros(len(boxes), dtype=torch.long), torch.zeros(len(boxes), dtype=torch.long)
     for shape in ((1, 1, 6, 7), (1, 3, 1, 7), (1, 3, 6, 1), (1, 1, 1, 1), (1, 33, 2, 2)):
         for sampling, aligned in ((2, False), (3, True)): compare_roi_align(ops, [maps_like(kind, *shape)], boxes, image, level, [.5], 2, 3, sampling, aligned)

@@ -60,7 +60,7 @@ __global__ void keep_in_order(const Word* strikes, const A* ranked_scores, const
       const bool filled = threadIdx.x < in_word && !is_empty(ranked_scores[first + threadIdx.x]);
       inside[threadIdx.x] = filled ? strikes[int64_t(first + threadIdx.x) * words + word] : 0;
     }
-    __syncthreads();
+    __syncthreads();  // also: all have struck for the word before
     if (threadIdx.x == 0) {
       Word dead = struck[word], stay = 0;
       for (int i = 0; i < in_word; i++)
@@ -75,7 +75,6 @@ __global__ void keep_in_order(const Word* strikes, const A* ranked_scores, const
         sum |= strikes[int64_t(first + __ffsll(left) - 1) * words + later];
       struck[later] = sum;
     }
-    __syncthreads();  // `kept` and `inside` are written again
   }
 }
 
