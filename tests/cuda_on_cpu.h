@@ -115,5 +115,5 @@ STABLE_TORCH_LIBRARY(maskrcnn_edu_emulated, m) {
   m.def("roi_align(Tensor[] features, Tensor boxes, Tensor image, Tensor level, float[] scales, int height, int width, int sampling, bool aligned) -> Tensor");
   m.def("roi_align_backward(Tensor grad, Tensor[] features, Tensor boxes, Tensor image, Tensor level, float[] scales, int height, int width, int sampling, "
         "bool aligned, bool deterministic) -> Tensor[]");
-  m.def("paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> Tensor");
+  m.def("paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold, bool aligned=False) -> Tensor");
 }

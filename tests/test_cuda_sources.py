@@ -4,6 +4,8 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch, torchvision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from maskrcnn_edu.cuda.build import cuda_command
+from maskrcnn_edu.detections import paste_soft
 
 root = Path(__file__).resolve().parent.parent
 sources = root/'maskrcnn_edu'/'cuda'/'csrc'
@@ -42,8 +44,8 @@ def threads(request, monkeypatch):
 
 @pytest.mark.skipif(not nvcc, reason='no nvcc on PATH or in /usr/local/cuda')
 def test_nvcc_compiles_for_sm_80_and_sm_90(tmp_path):
-    said = run(nvcc, '-std=c++20', '-O1', '-c', sources/'cuda.cu', '-o', tmp_path/'cuda.o', f'-I{headers}', oldest_torch, '-Xcompiler', '-fPIC,-Wall,-Wno-unknown-pragmas',
-               '-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=sm_90')
+    command = cuda_command(('80', '90'))     # the one that a machine with a GPU runs
+    said = run(*command, oldest_torch, '-Xcompiler', '-Wall,-Wno-unknown-pragmas', '-o', tmp_path/'cuda.so')
     assert not [line for line in said.splitlines() if 'csrc' in line], said
 
 
@@ -327,6 +329,15 @@ def test_paste_equals_torchvision(ops, threads, size, shape):
         check_paste(ops.paste_masks(masks.double(), boxes.double(), *shape, threshold), masks.double(), boxes.double(), *shape, threshold)
         half = masks.bfloat16()
         check_paste(ops.paste_masks(half, boxes, *shape, threshold), half.float(), boxes, *shape, threshold)
+
+@needs_gxx
+def test_aligned_masks_come_back_as_they_were(ops, threads):
+    small, boxes = random_masks_of_bits(), torch.tensor([[2., 3, 30, 31], [10, 0, 38, 28], [5.25, 5.5, 20.75, 33.]])
+    pasted, soft = ops.paste_masks(small, boxes, 40, 41, .5, True), paste_soft(small, boxes, 40, 41, True)
+    assert (pasted == (soft >= .5))[(soft - .5).abs() > 1e-5].all()
+    for mask, (x1, y1, x2, y2), whole in zip(small[:2], boxes.long().tolist(), pasted): assert torch.equal(whole[y1:y2, x1:x2], mask > .5) and whole.sum() == mask.sum()
+
+def random_masks_of_bits(): return (torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(0)) > .5).float()
 
 @needs_gxx
 def test_paste_corner_cases(ops, threads):

@@ -47,7 +47,8 @@ def cpp_command() -> list[str]:
     "The call that compiles the ops for this processor, without its output."
     compiler = find_compiler('CXX', 'c++', 'g++', 'clang++')
     system = ['-undefined', 'dynamic_lookup'] if sys.platform == 'darwin' else []
-    return [compiler, '-std=c++20', '-O2', '-march=native', '-fPIC', '-shared', '-Wno-psabi', *system, str(SOURCES / 'cpu.cpp'), *torch_flags()]
+    exact = '-ffp-contract=off'   # a product and a sum are rounded one after the other: positions and overlaps come out as in code for any machine
+    return [compiler, '-std=c++20', '-O2', '-march=native', exact, '-fPIC', '-shared', '-Wno-psabi', *system, str(SOURCES / 'cpu.cpp'), *torch_flags()]
 
 
 def cuda_command(

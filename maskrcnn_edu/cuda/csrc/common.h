@@ -32,13 +32,6 @@ template <typename T, int64_t N = 8> using Vec = typename Lanes<T, N>::type;
 template <int64_t N = 8, typename T> inline Vec<T, N> load(const T* from) { Vec<T, N> v; std::memcpy(&v, from, sizeof v); return v; }
 template <typename T, typename V> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
 
-// A product and a sum are rounded one after the other, never fused: positions come out as in code that was compiled for any machine.
-#if defined(__clang__)
-#define ROUND_EACH_STEP
-#else
-#define ROUND_EACH_STEP __attribute__((optimize("fp-contract=off")))
-#endif
-
 // `make()` is called once a thread, for its scratch memory, and returns the function that does piece i of n.
 // A thread takes the next piece when it is done with one. Who does a piece changes from run to run, what is done never does.
 template <typename Make> void parallel(int64_t n, const Make& make) {

@@ -9,20 +9,21 @@ constexpr int pixels_a_thread = 16;
 
 struct alignas(pixels_a_thread) Pixels { uint8_t set[pixels_a_thread]; };
 
-// First and last pixel, along one axis, that a mask with a rim of one empty bin is stretched over.
-struct Stretch { int64_t first, last; };
+// First and last pixel, along one axis, that a mask with a rim of one empty bin is stretched over: whole ones, or exact if `aligned`.
+template <class A> struct Stretch { A first, last; };
 
-template <class A> __device__ Stretch stretch(A low, A high, int size) {
-  const A centre = (high + low) / 2, half = (high - low) / 2 * (size + 2) / size, far = A(1e9);
-  return {int64_t(min(max(centre - half, -far), far)), int64_t(min(max(centre + half, -far), far))};
+template <class A> __device__ Stretch<A> stretch(A low, A high, int size, bool aligned) {
+  const A centre = (high + low) / 2, half = (high - low) / 2 * (size + 2) / size;
+  if (aligned) return {centre - half, centre + half - 1};
+  return {trunc(centre - half), trunc(centre + half)};
 }
 
 // The bin below a pixel, counted with the rim, and the share of the next; or nothing.
 template <class A> struct Between { int low; A part; bool inside; };
 
-template <class A> __device__ Between<A> between(Stretch s, int64_t pixel, int size) {
-  const int64_t extent = max(s.last - s.first + 1, int64_t(1));
-  if (pixel < s.first || pixel >= s.first + extent) return {0, 0, false};
+template <class A> __device__ Between<A> between(Stretch<A> s, int64_t pixel, int size) {
+  const A extent = max(s.last - s.first + 1, A(1)), middle = pixel + A(.5);
+  if (!(middle >= s.first && middle < s.first + extent)) return {0, 0, false};
   const int bins = size + 2;
   const A at = min(max((A(pixel - s.first) + A(.5)) * bins / extent - A(.5), A(0)), A(bins - 1));
   const int low = min(int(at), bins - 2);
@@ -42,7 +43,7 @@ template <class A> __device__ A pixel_value(const A* mask, int size, Between<A> 
 
 // One thread: 16 pixels that follow each other in the result, maybe from the end of one row to the start of the next.
 template <class A>
-__global__ void paste(const A* masks, const A* boxes, int64_t total, int size, int height, int width, A threshold, uint8_t* out) {
+__global__ void paste(const A* masks, const A* boxes, int64_t total, int size, int height, int width, A threshold, bool aligned, uint8_t* out) {
   const int64_t start = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * pixels_a_thread;
   if (start >= total) return;
   const int count = int(min(total - start, int64_t(pixels_a_thread)));
@@ -53,9 +54,9 @@ __global__ void paste(const A* masks, const A* boxes, int64_t total, int size, i
     end = int(min(k + width - x, int64_t(count)));
     const A* box = boxes + 4 * mask;
     if (!isfinite(box[2] - box[0]) || !isfinite(box[3] - box[1])) continue;
-    const Between<A> y = between<A>(stretch(box[1], box[3], size), line % height, size);
+    const Between<A> y = between<A>(stretch(box[1], box[3], size, aligned), line % height, size);
     if (!y.inside) continue;
-    const Stretch columns = stretch(box[0], box[2], size);
+    const Stretch<A> columns = stretch(box[0], box[2], size, aligned);
     for (int j = k; j < end; j++)
       pixels.set[j] = pixel_value(masks + mask * size * size, size, y, between<A>(columns, x + j - k, size)) >= threshold;
   }
@@ -63,7 +64,7 @@ __global__ void paste(const A* masks, const A* boxes, int64_t total, int size, i
   else for (int k = 0; k < count; k++) out[start + k] = pixels.set[k];
 }
 
-Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, double threshold) {
+Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, double threshold, bool aligned) {
   STD_TORCH_CHECK(masks.dim() == 3 && masks.size(1) == masks.size(2) && masks.size(1) > 0 && masks.size(1) < 32768, "paste_masks: masks must be (D, S, S)");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.size(0) == masks.size(0), "paste_masks: boxes must be (D, 4), one for each mask");
   STD_TORCH_CHECK(height >= 0 && width >= 0 && height < (1 << 30) && width < (1 << 30), "paste_masks: the picture has an impossible size");
@@ -75,7 +76,7 @@ Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, do
   with_sum_type(type, [&](auto zero) {
     using A = decltype(zero);
     launch(paste<A>, blocks_for(out.numel(), 256 * pixels_a_thread), 256, device,
-           data<A>(masks), data<A>(boxes), out.numel(), masks.size(1), height, width, A(threshold), data<uint8_t>(out));
+           data<A>(masks), data<A>(boxes), out.numel(), masks.size(1), height, width, A(threshold), aligned, data<uint8_t>(out));
   });
   return out;
 }

@@ -20,7 +20,7 @@ template <typename T> struct Axis {
   int64_t count(int64_t bin) const { return start[bin + 1] - start[bin]; }
 };
 
-template <typename T> ROUND_EACH_STEP
+template <typename T>
 Axis<T> axis(T start, T end, int64_t bins, int64_t sampling, bool aligned, int64_t cells) {
   Axis<T> out{{}, std::vector<int64_t>(bins + 1)};
   const T extent = aligned ? end - start : std::max(end - start, T(1)), width = extent / bins;
@@ -34,8 +34,8 @@ Axis<T> axis(T start, T end, int64_t bins, int64_t sampling, bool aligned, int64
     };
     double first = 0, last = points;
     if (points > 64 && width > 0) {  // of a giant box only the points that can be inside, and a few more
-      const double step = double(width) / points, base = double(start) + double(bin) * width;
-      first = std::max(first, std::floor((-1 - base) / step) - 2), last = std::min(last, std::ceil((cells - base) / step) + 2);
+      const double step = double(width) / points, near = double(start) + double(bin) * width;
+      first = std::max(first, std::floor((-1 - near) / step) - 2), last = std::min(last, std::ceil((cells - near) / step) + 2);
     }
     for (double point = first; point < last; point++) {
       T at = start + bin * width + (T(point) + T(.5)) * width / points;
@@ -250,9 +250,12 @@ void forward(const std::vector<Tensor>& features, const std::vector<Map>& maps, 
       const auto windows = windows_of(boxes.xs, boxes.of_map, m);
       const int64_t pieces = (channels + most_planes - 1) / most_planes;
       parallel(images * pieces, [&] { return [&, strip = std::vector<T>(most_planes * m.width)](int64_t i) mutable {
-        const int64_t b = i / pieces, c = i % pieces * most_planes;
+        const int64_t b = i / pieces, c = i % pieces * most_planes, n = std::min(most_planes, channels - c) * m.plane();
+        const T* plane = data + (b * channels + c) * m.plane();
+        if (boxes.of_map[m.level * images + b].size() >= 16)  // boxes enough to need most of it: fetch it in order, before they read here and there
+          for (int64_t x = 0; x < n; x += 64 / sizeof(T)) __builtin_prefetch(plane + x);
         for (int64_t k : boxes.of_map[m.level * images + b])
-          planes_forward(data + (b * channels + c) * m.plane(), std::min(most_planes, channels - c), m, boxes.ys[k], boxes.xs[k], windows[k], strip.data(), out + k * size + c * height * width);
+          planes_forward(plane, std::min(most_planes, channels - c), m, boxes.ys[k], boxes.xs[k], windows[k], strip.data(), out + k * size + c * height * width);
       }; });
     }
   }
@@ -351,7 +354,7 @@ std::vector<Tensor> roi_align_backward(Tensor grad, std::vector<Tensor> features
   for (const Tensor& f : features) {
     Map m = map_of(f, int64_t(out.size()));
     Tensor t = torch::stable::new_empty(f, {m.images, m.channels, m.height, m.width}, type);
-    if (m.channels_last) t = torch::stable::permute(torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type), {0, 3, 1, 2});
+    if (m.channels_last) t = torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type), 1, 3), 2, 3);
     maps.push_back(m), out.push_back(large(t, t.numel() * t.element_size()));
   }
   boxes = torch::stable::contiguous(cast(boxes, type)), image = torch::stable::contiguous(image), level = torch::stable::contiguous(level);
