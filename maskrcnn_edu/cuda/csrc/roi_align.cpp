@@ -6,7 +6,7 @@
 
 namespace maskrcnn_edu {
 
-constexpr int64_t lanes = 8;
+constexpr int64_t lanes = 16;
 
 template <typename T> struct Tap {
   int64_t cell;  // along one axis
@@ -336,7 +336,7 @@ Tensor roi_align(std::vector<Tensor> features, Tensor boxes, Tensor image, Tenso
   Tensor out = torch::stable::new_empty(sources[0], {n, channels, height, width}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    T* to = large(out, n * size * sizeof(T)).template mutable_data_ptr<T>();
+    T* to = large(out, n * size * sizeof(T), true).template mutable_data_ptr<T>();
     const auto read = read_boxes<T>(maps, boxes, image, level, scales, height, width, sampling, aligned);
     std::vector<bool> filled(n);
     for (const auto& list : read.of_map) for (int64_t k : list) filled[k] = true;
@@ -355,7 +355,7 @@ std::vector<Tensor> roi_align_backward(Tensor grad, std::vector<Tensor> features
     Map m = map_of(f, int64_t(out.size()));
     Tensor t = torch::stable::new_empty(f, {m.images, m.channels, m.height, m.width}, type);
     if (m.channels_last) t = torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type), 1, 3), 2, 3);
-    maps.push_back(m), out.push_back(large(t, t.numel() * t.element_size()));
+    maps.push_back(m), out.push_back(large(t, t.numel() * t.element_size(), false));
   }
   boxes = torch::stable::contiguous(cast(boxes, type)), image = torch::stable::contiguous(image), level = torch::stable::contiguous(level);
   grad = torch::stable::contiguous(cast(grad, type));
