@@ -45,16 +45,15 @@ template <typename Make> void parallel(int64_t n, const Make& make) {
   });
 }
 
-// Large results are written once from end to end. Asking for large pages saves the system thousands of interruptions;
-// where threads will write all over it, each page is first touched by one, so that two never make the same one.
-inline Tensor large(Tensor t, size_t bytes, bool touch) {
+// Large results are written once from end to end. In large pages they cost the system least, and one thread asks for
+// them all: threads that ask at the same time wait for each other.
+inline Tensor large(Tensor t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 1 << 21;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (start + page - 1) / page * page;
+  const uintptr_t bytes = t.numel() * t.element_size(), start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (start + page - 1) / page * page;
   if (bytes > 2 * page) {
-    const int64_t pages = (start + bytes - first) / page;
-    madvise(reinterpret_cast<void*>(first), pages * page, MADV_HUGEPAGE);
-    if (touch) parallel(pages, [&] { return [&](int64_t k) { *reinterpret_cast<volatile char*>(first + k * page) = 0; }; });
+    madvise(reinterpret_cast<void*>(first), (start + bytes - first) / page * page, MADV_HUGEPAGE);
+    for (uintptr_t at = first; at < start + bytes; at += page) *reinterpret_cast<volatile char*>(at) = 0;
   }
 #endif
   return t;
