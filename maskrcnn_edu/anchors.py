@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['cell_anchors', 'grid_anchors', 'pyramid_anchors', 'level_counts', 'nearest_anchor_iou', 'recommend_anchors']
 
-# %% ../nbs/03_anchors.ipynb #0d58b146
+# %% ../nbs/03_anchors.ipynb #1629b7da
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_anchors.ipynb #c3186d88
+# %% ../nbs/03_anchors.ipynb #c910ea2e
 def cell_anchors(
     sizes,                 # sides in pixels of the square of equal area, one or more
     ratios=(0.5, 1., 2.),  # height / width
@@ -22,7 +22,7 @@ def cell_anchors(
     half = torch.stack([-width, -height, width, height], 1) / 2
     return half.round() if rounded else half
 
-# %% ../nbs/03_anchors.ipynb #45a58aa9
+# %% ../nbs/03_anchors.ipynb #4c1c1209
 def grid_anchors(
     cell: Tensor,             # (n, 4) anchors around the origin
     feature_size,             # (Hi, Wi) rows and columns of the map
@@ -58,7 +58,7 @@ def level_counts(
     "How many anchors each level has."
     return [h * w * per_cell for h, w in feature_sizes]
 
-# %% ../nbs/03_anchors.ipynb #0a10b456
+# %% ../nbs/03_anchors.ipynb #0117a21a
 def nearest_anchor_iou(
     boxes: Tensor,               # (n, 4) xyxy, pixels of the network's input
     sizes,                       # a tuple a level, pixels
@@ -79,7 +79,7 @@ def nearest_anchor_iou(
         levels.append(shared / (side.prod(-1) + anchor.prod(-1) - shared))
     return torch.stack(levels, 1)
 
-# %% ../nbs/03_anchors.ipynb #76062292
+# %% ../nbs/03_anchors.ipynb #4f7db166
 def recommend_anchors(
     boxes: Tensor,               # (n, 4) xyxy of many images, pixels of the network's input
     strides=(4, 8, 16, 32, 64),  # a level each
@@ -87,6 +87,7 @@ def recommend_anchors(
     steps=30,                    # of k-means
 ) -> tuple[tuple, tuple]:        # sizes, ratios: as `MaskRCNNConfig` wants them
     "The sizes and ratios of anchors that overlap these boxes most: k-means with the IoU as nearness."
+    if not len(boxes): raise ValueError('no boxes to recommend anchors for: give the boxes of some images with objects.')
     width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).T
     side, shape = (width * height).log() / 2, (height / width).log()
     spread = lambda x, k: x.quantile((torch.arange(k) + 0.5) / k)
