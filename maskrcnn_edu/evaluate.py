@@ -10,7 +10,7 @@ __all__ = ['Match', 'IOUS', 'SIZES', 'ERRORS', 'ErrorSplit', 'pair_iou', 'mask_i
            'plot_errors', 'image_score', 'gather', 'to_pairs', 'CocoMetrics', 'coverage', 'plot_coverage',
            'InstanceInterpretation']
 
-# %% ../nbs/21_evaluate.ipynb #fe65021b
+# %% ../nbs/21_evaluate.ipynb #d97b87da
 import contextlib, io
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from .data import Instances, number
 from .detections import to_instances
 from .learner import Slots, predict_instances
 
-# %% ../nbs/21_evaluate.ipynb #054a9ffe
+# %% ../nbs/21_evaluate.ipynb #1639fec2
 def pair_iou(
     truth, # Instances, g of them
     found, # Instances, d of them
@@ -78,7 +78,7 @@ def match(
     left = lambda n, used: np.setdiff1d(np.arange(n), used)
     return Match(pairs, left(len(found), pairs[:, 1]), left(len(truth), pairs[:, 0]))
 
-# %% ../nbs/21_evaluate.ipynb #79d25dda
+# %% ../nbs/21_evaluate.ipynb #0434e8d9
 def outline(
     ax, # matplotlib axes
     instances, # Instances
@@ -111,11 +111,11 @@ def show_differences(
     for j, (box, label) in enumerate(zip(found.boxes, found.labels)):
         at_top = box[1] < .1 * truth.size[0]  # no room above: write inside
         text = f"{names[label] + ' ' if names else ''}{found.scores[j]:.2f}, IoU {best[j]:.2f}"
-        ax.text(max(box[0], 0), max(box[1], 0), text, fontsize=7, va='top' if at_top else 'bottom', clip_on=True,
+        ax.text(max(box[0], 0), max(box[1], 0), text, fontsize=8, va='top' if at_top else 'bottom', clip_on=True,
             bbox=dict(facecolor=ROLE_COLOURS['negative' if j in m.wrong else 'positive'], edgecolor='none', pad=1, alpha=.8))
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #119ebfae
+# %% ../nbs/21_evaluate.ipynb #98a96edb
 def precision_curve(
     right, # (d,) bool, of one class over all images
     scores, # (d,)
@@ -128,7 +128,7 @@ def precision_curve(
     at = np.searchsorted(right.cumsum() / max(n_true, 1), np.linspace(0, 1, 101))
     return np.append(precision, 0)[at]
 
-# %% ../nbs/21_evaluate.ipynb #6d93da8b
+# %% ../nbs/21_evaluate.ipynb #a5b6bcf0
 @dataclass
 class Compared:
     "One image: what is true, what was found, and how much they overlap"
@@ -189,7 +189,7 @@ def average_precision(
         right, scores, n = [*right, *(verdict[counts] == 1)], [*scores, *c.found.scores[f][counts]], n + (~ignored).sum()
     return precision_curve(right, scores, n).mean() if n else np.nan
 
-# %% ../nbs/21_evaluate.ipynb #f18d7015
+# %% ../nbs/21_evaluate.ipynb #08669c62
 IOUS = np.round(np.linspace(.5, .95, 10), 2)
 SIZES = ['small', 'medium', 'large']
 
@@ -315,7 +315,7 @@ def plot_pr(
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #ec8aac0e
+# %% ../nbs/21_evaluate.ipynb #87e79f67
 def label_map(
     x, # Instances or (H,W) label map
 ): # (H,W) int
@@ -351,7 +351,7 @@ def mean_dsb(
     by_iou = {t: float(np.mean([s[t] for s in scores])) for t in scores[0]}
     return {'dsb': float(np.mean(list(by_iou.values()))), 'ap_by_iou': by_iou}
 
-# %% ../nbs/21_evaluate.ipynb #fb31fcfe
+# %% ../nbs/21_evaluate.ipynb #e24b004d
 def largest_first(
     iou, # (g,d)
     least=.5,
@@ -400,7 +400,7 @@ def plot_confusion(
     ax.set(xlabel='found', ylabel='true')
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #a2fed087
+# %% ../nbs/21_evaluate.ipynb #35e153ab
 ERRORS = ('class', 'location', 'both', 'duplicate', 'background', 'missed')
 
 def explain(
@@ -419,7 +419,7 @@ def explain(
     meant[pairs[:, 1]] = pairs[:, 0]
     return kinds, meant
 
-# %% ../nbs/21_evaluate.ipynb #b536db5e
+# %% ../nbs/21_evaluate.ipynb #de4a6ae2
 def explain_all(
     compared, # list of Compared
     t_f=.5, # IoU of a right find
@@ -485,7 +485,7 @@ def plot_errors(
     axes[0].invert_yaxis()
     return axes
 
-# %% ../nbs/21_evaluate.ipynb #0fbbacca
+# %% ../nbs/21_evaluate.ipynb #d384d1c6
 def image_score(
     c, # Compared
     min_score=.5, # less sure than this is not looked at
@@ -498,7 +498,7 @@ def image_score(
     total = sum(iou.shape) - right
     return float((right / total).mean()) if sum(iou.shape) else 1.
 
-# %% ../nbs/21_evaluate.ipynb #299f473e
+# %% ../nbs/21_evaluate.ipynb #5cbbac57
 def gather(
     items, # dict of this process
 ): # dict of all processes
@@ -545,7 +545,7 @@ class CocoMetrics(Callback):
 
     def value(self, name): return self.scores.get(name, float('nan'))
 
-# %% ../nbs/21_evaluate.ipynb #6844fdf7
+# %% ../nbs/21_evaluate.ipynb #b0b49704
 def coverage(
     boxes, # list of (g,4), one an image; pixels of the network's input
     image_sizes, # (H,W) of each, pixels of the network's input
@@ -578,7 +578,7 @@ def plot_coverage(
     ax.legend(fontsize=7, loc='upper left')
     return ax
 
-# %% ../nbs/21_evaluate.ipynb #bd21b21a
+# %% ../nbs/21_evaluate.ipynb #d1b07197
 class InstanceInterpretation:
     "What a model gets right and wrong on a data set, and why"
     def __init__(self,
