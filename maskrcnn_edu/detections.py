@@ -6,6 +6,7 @@
 __all__ = ['Detected', 'detect', 'whole_box', 'pixel_weights', 'paste_masks', 'to_instances']
 
 # %% ../nbs/18_detections.ipynb #fc859321
+import math
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,15 +53,17 @@ def detect(
 def whole_box(
     boxes: Tensor,   # (D, 4) xyxy
     size: int,       # S, bins of the small mask
-) -> Tensor:         # (D, 4) int64: first and last pixel, for a mask with a rim
+    aligned=False,   # exact, not cut to whole pixels
+) -> Tensor:         # (D, 4) first and last pixel, for a mask with a rim
     "The pixels that a small mask with a rim of one bin covers."
     centre = (boxes[..., 2:] + boxes[..., :2]) / 2
     half = (boxes[..., 2:] - boxes[..., :2]) / 2 * (size + 2) / size
+    if aligned: return torch.cat([centre - half, centre + half - 1], -1)
     return torch.cat([centre - half, centre + half], -1).long()
 
 
 def pixel_weights(
-    first: Tensor,   # (D,) int64 first pixel of the box along one axis
+    first: Tensor,   # (D,) first pixel of the box along one axis
     last: Tensor,    # (D,) last pixel
     pixels: Tensor,  # (D, n) int64 pixels that ask
     size: int,       # bins of the small mask along the axis, rim included
@@ -69,7 +72,7 @@ def pixel_weights(
     extent = (last - first + 1).clamp(min=1)                                        # (D,)
     position = (pixels - first[:, None] + 0.5) * size / extent[:, None] - 0.5       # (D, n)
     bins, weights = neighbours(position, size)                                      # (D, n, 2)
-    inside = (pixels >= first[:, None]) & (pixels < (first + extent)[:, None])      # (D, n)
+    inside = (pixels + 0.5 >= first[:, None]) & (pixels + 0.5 < (first + extent)[:, None])   # (D, n)
     out = weights.new_zeros(*pixels.shape, size)
     return out.scatter_add(2, bins, weights * inside[..., None])
 
@@ -79,10 +82,11 @@ def paste_masks(
     boxes: Tensor,   # (D, 4) xyxy, pixels of the picture
     height: int,     # of the picture
     width: int,      # of the picture
+    aligned=False,   # boxes are exact, not cut to whole pixels
 ) -> Tensor:         # (D, H, W) in 0..1; cut at 0.5 for a mask
     "Small masks at their places in the picture (Mask R-CNN, section 3.1)."
     size = masks.shape[-1] + 2
-    x1, y1, x2, y2 = whole_box(boxes, masks.shape[-1]).unbind(-1)
+    x1, y1, x2, y2 = whole_box(boxes, masks.shape[-1], aligned).unbind(-1)
     rows = torch.arange(height, device=boxes.device).expand(len(boxes), -1)
     cols = torch.arange(width, device=boxes.device).expand(len(boxes), -1)
     wy, wx = pixel_weights(y1, y2, rows, size), pixel_weights(x1, x2, cols, size)    # (D, H, S+2), (D, W, S+2)
@@ -97,16 +101,17 @@ def to_instances(
     size,               # (H, W) of the picture, pixels
     min_score=0.,       # less sure than this is left out
     threshold=0.5,      # a pixel belongs to the object from here on
+    aligned=False,      # boxes are exact, not cut to whole pixels
 ) -> Instances:
     "The filled slots of one image as objects with masks of their own size."
     filled = (labels > 0) & (scores >= min_score)
     boxes, labels, scores, masks = (t[filled].detach().cpu() for t in (boxes, labels, scores, masks))
     boxes = clip(boxes.float(), *size)
-    x1, y1, x2, y2 = whole_box(boxes, masks.shape[-1]).unbind(-1)
+    x1, y1, x2, y2 = whole_box(boxes, masks.shape[-1], aligned).unbind(-1)
     crops, origins = [], []
     for i, mask in enumerate(F.pad(masks.float(), (1, 1, 1, 1))):
-        rows = torch.arange(max(0, min(y1[i], size[0] - 1)), max(min(size[0], y2[i] + 1), 1))
-        cols = torch.arange(max(0, min(x1[i], size[1] - 1)), max(min(size[1], x2[i] + 1), 1))
+        rows = torch.arange(max(0, min(int(y1[i]), size[0] - 1)), max(min(size[0], math.ceil(y2[i] + 1)), 1))
+        cols = torch.arange(max(0, min(int(x1[i]), size[1] - 1)), max(min(size[1], math.ceil(x2[i] + 1)), 1))
         wy = pixel_weights(y1[i, None], y2[i, None], rows[None], len(mask))[0]
         wx = pixel_weights(x1[i, None], x2[i, None], cols[None], len(mask))[0]
         crops.append((wy @ mask @ wx.T >= threshold).numpy())

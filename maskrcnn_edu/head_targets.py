@@ -46,6 +46,7 @@ def axis_weights(
     end: Tensor,      # (M,) far edge
     size: int,        # S, bins
     length: int,      # pixels along the axis
+    aligned=False,    # values sit in the middle of their pixels
 ) -> Tensor:          # (M, S, length)
     "How much every pixel along one axis counts in each bin; as many points a bin as it has pixels."
     n_max = max(1, math.ceil(length / size))
@@ -53,6 +54,7 @@ def axis_weights(
     n = (extent / size).ceil().clamp(1, n_max)[:, None, None]               # (M, 1, 1) points a bin
     point = torch.arange(n_max, device=start.device)                        # (n_max,)
     bins = torch.arange(size, device=start.device)[:, None]                 # (S, 1)
+    if aligned: start = start - 0.5
     position = start[:, None, None] + extent[:, None, None] * (bins + (point + .5) / n) / size   # (M, S, n_max)
     cells, weights = neighbours(position, length)                           # (M, S, n_max, 2)
     weights = weights * ((point < n) / n)[..., None]
@@ -64,11 +66,12 @@ def crop_masks(
     index: Tensor,   # (M,) which mask each roi sees
     rois: Tensor,    # (M, 4) xyxy, pixels
     size=28,         # S
+    aligned=False,   # values sit in the middle of their pixels
 ) -> Tensor:         # (M, S, S) in 0..1
     "Every roi's mask in its own small frame (Mask R-CNN, section 3)."
-    rows = axis_weights(rois[:, 1], rois[:, 3], size, masks.shape[1])       # (M, S, H)
-    cols = axis_weights(rois[:, 0], rois[:, 2], size, masks.shape[2])       # (M, S, W)
-    return rows @ masks[index].to(rois) @ cols.transpose(1, 2)              # (M, S, S)
+    rows = axis_weights(rois[:, 1], rois[:, 3], size, masks.shape[1], aligned)   # (M, S, H)
+    cols = axis_weights(rois[:, 0], rois[:, 2], size, masks.shape[2], aligned)   # (M, S, W)
+    return rows @ masks[index].to(rois) @ cols.transpose(1, 2)                # (M, S, S)
 
 # %% ../nbs/13_head_targets.ipynb #efca64bd
 class HeadTargets(NamedTuple):
@@ -91,6 +94,7 @@ def head_targets(
     iou=0.5,                        # at least this is the object
     weights=(10., 10., 5., 5.),     # factors on the deltas
     mask_size=28,                   # S
+    aligned=False,                  # masks: values sit in the middle of their pixels
 ) -> HeadTargets:
     "Rois and what to say about them, for one image (Fast R-CNN, section 2.3; Mask R-CNN, section 3)."
     missing = max(0, n_rois - len(noise))
@@ -104,4 +108,4 @@ def head_targets(
     index, chosen = choose_rois(labels, noise, n_rois, n_positive)               # (R,)
     rois, matched = candidates[index], matched[index]                            # (R, 4), (R,)
     return HeadTargets(rois, torch.where(chosen, labels[index], -1), encode(boxes[matched], rois, weights),
-                       crop_masks(masks, matched[:n_positive], rois[:n_positive], mask_size))
+                       crop_masks(masks, matched[:n_positive], rois[:n_positive], mask_size, aligned))
