@@ -410,4 +410,4 @@ def predict_instances(
     was_training = model.training
     boxes, *rest = (t[0] for t in model.eval().predict(to_input(image, model)))
     model.train(was_training)
-    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score)
+    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)

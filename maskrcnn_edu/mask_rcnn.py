@@ -51,11 +51,13 @@ class MaskRCNNConfig:
     n_post_predict: int = 1000
     n_rois: int = 512                   # R
     positive_fraction: float = 0.25     # M = R * positive_fraction
+    n_masks: int = 128                  # positives whose masks are learnt, at most
     roi_iou: float = 0.5
+    box_beta: float = 1 / 9             # where the box loss turns from square to straight
     box_weights: tuple = (10., 10., 5., 5.)
     canonical_size: int = 224           # a box of this side, pixels, is read from P4
     sampling: int = 2                   # ROIAlign: points a bin along each side
-    aligned: bool = False               # ROIAlign: values in the middle of their cells
+    aligned: bool = False               # ROIAlign and masks: values in the middle of their cells, nothing rounded
     box_bins: int = 7
     mask_bins: int = 14
     hidden: int = 1024                  # width of the box head
@@ -92,7 +94,7 @@ class MaskRCNN(nn.Module):
         self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden), BoxPredictor(c.hidden, c.n_classes)
         self.mask_head, self.mask_predictor = MaskHead(c.channels, c.mask_channels), MaskPredictor(c.mask_channels, c.mask_channels, c.n_classes)
         self.build_targets = partial(head_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
-                                     weights=c.box_weights, mask_size=2 * c.mask_bins)
+                                     weights=c.box_weights, mask_size=2 * c.mask_bins, aligned=c.aligned)
         self.filter = partial(detect, weights=c.box_weights, min_score=c.min_score, nms_iou=c.nms_iou, n_detections=c.n_detections)
         self.register_buffer('mean', torch.tensor(c.mean).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(c.std).view(3, 1, 1), persistent=False)
@@ -128,12 +130,12 @@ class MaskRCNN(nn.Module):
         p = self.rpn.propose(rpn, c.n_pre, c.n_post)
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, boxes, labels, masks, noise.head)
         class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size)
-        m = targets.target_masks.shape[1]   # positives stand in the first M slots
+        m = min(c.n_masks, targets.target_masks.shape[1])   # positives stand in the first M slots
         mask_labels = targets.labels[:, :m]
         mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size)
         return {**self.rpn.losses(rpn, rpn_targets),
-                **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas),
-                **mask_loss(mask_logits, mask_labels, targets.target_masks)}
+                **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta),
+                **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
 
     def detect(self, features, image_size) -> Detections:
         "Frames *RPN* and *Head* in prediction, from the feature maps on."

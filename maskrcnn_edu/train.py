@@ -63,7 +63,7 @@ class CocoMetrics(Callback):
     def after_batch(self):
         if self.training or not self.due: return
         for truth, found in zip(zip(*self.yb[0]), zip(*self.pred)):
-            self.coco.add(Slots(truth).instances(), to_instances(*found, truth[2].shape[-2:]))
+            self.coco.add(Slots(truth).instances(), to_instances(*found, truth[2].shape[-2:], aligned=self.model.config.aligned))
 
     def after_validate(self):
         if self.due and self.coco.images: self.scores = self.coco.compute(sizes=False)
