@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['box_area', 'box_iou', 'centre_size', 'encode', 'decode', 'clip', 'has_size']
 
-# %% ../nbs/01_boxes.ipynb #62bda522
+# %% ../nbs/01_boxes.ipynb #793dda1c
 import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_boxes.ipynb #f4cf168b
+# %% ../nbs/01_boxes.ipynb #1a093aee
 def box_area(
     boxes: Tensor,  # (..., 4) xyxy, pixels
 ) -> Tensor:        # (...) area, pixels squared, 0 for a box without extent
@@ -20,18 +20,18 @@ def box_area(
 
 
 def box_iou(
-    a: Tensor,  # (N, 4) xyxy
-    b: Tensor,  # (M, 4) xyxy
-) -> Tensor:    # (N, M) intersection over union, 0 where both are empty
+    a: Tensor,  # (..., N, 4) xyxy
+    b: Tensor,  # (..., M, 4) xyxy
+) -> Tensor:    # (..., N, M) intersection over union, 0 where both are empty
     "Overlap of every box of `a` with every box of `b`."
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[:, None].unbind(-1), b[None].unbind(-1)   # (N, 1), (1, M)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[..., :, None, :].unbind(-1), b[..., None, :, :].unbind(-1)   # (..., N, 1), (..., 1, M)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)                 # (N, M)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)                # (N, M)
     shared = width * height
-    union = box_area(a)[:, None] + box_area(b) - shared
+    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - shared
     return shared / union.clamp(min=torch.finfo(a.dtype).tiny)
 
-# %% ../nbs/01_boxes.ipynb #fdc09f3d
+# %% ../nbs/01_boxes.ipynb #75eb7106
 def centre_size(
     boxes: Tensor,          # (..., 4) xyxy
 ) -> tuple[Tensor, Tensor]: # centre (..., 2) and size (..., 2), both x before y
@@ -52,7 +52,7 @@ def encode(
     scale = torch.log(bs.clamp(min=tiny) / as_.clamp(min=tiny))
     return torch.cat([shift, scale], -1) * boxes.new_tensor(weights)
 
-# %% ../nbs/01_boxes.ipynb #a9f8153e
+# %% ../nbs/01_boxes.ipynb #4cec9ea2
 def decode(
     deltas: Tensor,                # (..., 4) dx dy dw dh
     anchors: Tensor,               # (..., 4) xyxy

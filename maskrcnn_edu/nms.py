@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['nms_loop', 'nms_matrix', 'nms_keep']
 
-# %% ../nbs/09_nms.ipynb #f00da076
+# %% ../nbs/09_nms.ipynb #400255d9
 import torch
-import torchvision
 from torch import Tensor
+from . import cuda   # loads the native kernels, where there are any
 from .boxes import box_iou
 
-# %% ../nbs/09_nms.ipynb #4555715d
+# %% ../nbs/09_nms.ipynb #49e67b3f
 def nms_loop(
     boxes: Tensor,   # (N, 4) xyxy
     scores: Tensor,  # (N,)
@@ -25,40 +25,39 @@ def nms_loop(
         keep[i] = not (overlaps > iou).any()
     return keep
 
-# %% ../nbs/09_nms.ipynb #981da77e
+# %% ../nbs/09_nms.ipynb #2f660e47
 def nms_matrix(
-    boxes: Tensor,   # (N, 4) xyxy
-    scores: Tensor,  # (N,) minus infinity = empty slot
+    boxes: Tensor,   # (..., N, 4) xyxy
+    scores: Tensor,  # (..., N) minus infinity = empty slot
     iou: float,      # more overlap than this is the same object
-) -> Tensor:         # (N,) bool
+    block=512,       # rows of the matrix at a time
+) -> Tensor:         # (..., N) bool
     "Greedy suppression over the matrix of all overlaps; fixed shapes, works under vmap."
-    order = scores.argsort(descending=True, stable=True)          # (N,)
-    ranked = boxes[order]
-    strikes = (box_iou(ranked, ranked) > iou).triu(1)             # (N, N): row i strikes column j > i
-    keep = scores[order] > -torch.inf                             # (N,)
-    for row, strike in enumerate(strikes.unbind(0)):
-        keep = keep & ~(strike & keep[row])
-    return torch.zeros_like(keep).scatter(0, order, keep)
+    order = scores.argsort(dim=-1, descending=True, stable=True)                             # (..., N)
+    ranked = boxes.gather(-2, order[..., None].expand(boxes.shape))
+    keep = scores.gather(-1, order) != -torch.inf                                            # (..., N)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    for rows in rank.split(block):
+        strikes = (box_iou(ranked[..., rows, :], ranked) > iou) & (rank > rows[:, None])     # (..., rows, N)
+        for row, strike in zip(rows.tolist(), strikes.unbind(-2)):
+            keep = keep & ~(strike & keep[..., row, None])
+    return torch.zeros_like(keep).scatter(-1, order, keep)
 
-# %% ../nbs/09_nms.ipynb #13c80f58
+# %% ../nbs/09_nms.ipynb #5a2f0165
 @torch.library.custom_op('maskrcnn_edu::nms_keep', mutates_args=())
 def nms_keep(
-    boxes: Tensor,   # (..., N, 4) xyxy
-    scores: Tensor,  # (..., N), minus infinity = empty slot
+    boxes: Tensor,   # (..., N, 4) xyxy, any float
+    scores: Tensor,  # (..., N), minus infinity = empty slot; not-a-number ranks first
     iou: float,      # more overlap than this is the same object
 ) -> Tensor:         # (..., N) bool
-    "Greedy non-maximum suppression of every leading index on its own."
-    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    if scores.numel() == 0: return keep
-    n = scores.shape[-1]
-    for b, s, k in zip(boxes.reshape(-1, n, 4), scores.reshape(-1, n), keep.view(-1, n)):
-        filled = (s > -torch.inf).nonzero()[:, 0]
-        k[filled[torchvision.ops.nms(b[filled].float(), s[filled].float(), iou)]] = True
-    return keep
+    "Greedy non-maximum suppression of every leading index on its own (Faster R-CNN, section 3.3)."
+    whole = torch.promote_types(torch.promote_types(boxes.dtype, scores.dtype), torch.float32)
+    return nms_matrix(boxes.to(whole), scores.to(whole), iou)
 
 
 @nms_keep.register_fake
 def _(boxes, scores, iou):
+    torch._check(boxes.shape == (*scores.shape, 4), lambda: f'nms_keep: boxes must be (..., N, 4) and scores (..., N), not {tuple(boxes.shape)} and {tuple(scores.shape)}')
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
@@ -66,4 +65,7 @@ def _(boxes, scores, iou):
 def _(info, in_dims, boxes, scores, iou):
     boxes, scores = (x.unsqueeze(0).expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
                      for x, d in zip((boxes, scores), in_dims[:2]))
-    return nms_keep(boxes, scores, iou), 0
+    return torch.ops.maskrcnn_edu.nms_keep(boxes, scores, iou), 0
+
+
+for device in ('cpu', 'cuda'): nms_keep.register_autocast(device, torch.float32)

@@ -84,7 +84,7 @@ def test_notebook_has_title_subtitle_and_no_stored_error(path):
 def test_every_module_comes_from_a_notebook():
     exported = {'__init__.py', '_modidx.py'} | {m.replace('.', '/') + '.py' for m in order()}
     files = {p.relative_to(root/package).as_posix() for p in (root/package).rglob('*.py')}
-    written = {f for f in files - exported if not f.endswith('/__init__.py')}
+    written = {f for f in files - exported - {'cuda/build.py'} if not f.endswith('/__init__.py')}   # what compiles the kernels is no lesson
     assert not written, f'{sorted(written)} come from no notebook'
     for m in order():
         text = (root/package/(m.replace('.', '/') + '.py')).read_text(encoding='utf-8')

@@ -1,0 +1,70 @@
+// What the CPU ops share: names, checks, and one way to use all cores.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace maskrcnn_edu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Several numbers at a time: an array that + - * / and < work on as a whole. The compiler makes of it what the machine has.
+template <typename T, int64_t N> struct Lanes { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
+template <typename T, int64_t N = 8> using Vec = typename Lanes<T, N>::type;
+template <int64_t N = 8, typename T> inline Vec<T, N> load(const T* from) { Vec<T, N> v; std::memcpy(&v, from, sizeof v); return v; }
+template <typename T, typename V> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+
+// A product and a sum are rounded one after the other, never fused: positions come out as in code that was compiled for any machine.
+#if defined(__clang__)
+#define ROUND_EACH_STEP
+#else
+#define ROUND_EACH_STEP __attribute__((optimize("fp-contract=off")))
+#endif
+
+// `make()` is called once a thread, for its scratch memory, and returns the function that does piece i of n.
+// A thread takes the next piece when it is done with one. Who does a piece changes from run to run, what is done never does.
+template <typename Make> void parallel(int64_t n, const Make& make) {
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, std::min<int64_t>(n, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    auto work = make();
+    for (int64_t i; (i = next++) < n;) work(i);
+  });
+}
+
+// Large results are written once from end to end. Asking for large pages saves the system thousands of interruptions.
+inline Tensor large(Tensor t, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (start + page - 1) / page * page;
+  if (bytes > 2 * page) madvise(reinterpret_cast<void*>(first), (start + bytes - first) / page * page, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+inline bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half || t.scalar_type() == ScalarType::BFloat16; }
+inline Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+// The type that sums are made in: float32, for float64 float64.
+inline ScalarType sum_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// Call f with a value of the type that the numbers have.
+template <typename F> auto with_type(ScalarType type, const F& f) { return type == ScalarType::Double ? f(double()) : f(float()); }
+
+}  // namespace maskrcnn_edu
