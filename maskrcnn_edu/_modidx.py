@@ -222,6 +222,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'maskrcnn_edu.learner.PassTargets': ('learner.html#passtargets', 'maskrcnn_edu/learner.py'),
                                       'maskrcnn_edu.learner.PassTargets.before_batch': ( 'learner.html#passtargets.before_batch',
                                                                                          'maskrcnn_edu/learner.py'),
+                                      'maskrcnn_edu.learner.Recolour': ('learner.html#recolour', 'maskrcnn_edu/learner.py'),
+                                      'maskrcnn_edu.learner.Recolour.encodes': ('learner.html#recolour.encodes', 'maskrcnn_edu/learner.py'),
                                       'maskrcnn_edu.learner.SaveState': ('learner.html#savestate', 'maskrcnn_edu/learner.py'),
                                       'maskrcnn_edu.learner.SaveState.__init__': ( 'learner.html#savestate.__init__',
                                                                                    'maskrcnn_edu/learner.py'),
