@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 from typing import NamedTuple
+from .boxes import clip, decode
 from .box_head import BoxHead, BoxPredictor
 from .box_loss import box_loss, of_class
 from .detections import Detected, detect
@@ -65,6 +66,7 @@ class MaskRCNNConfig:
     min_score: float = 0.05             # detections
     nms_iou: float = 0.5
     n_detections: int = 100             # D
+    box_passes: int = 1                 # looks of the box head at prediction; the second starts from what the first found
 
 # %% ../nbs/19_mask_rcnn.ipynb #477987ee
 class Detections(NamedTuple):
@@ -143,8 +145,16 @@ class MaskRCNN(nn.Module):
         p = self.rpn.propose(rpn, c.n_pre_predict, c.n_post_predict)
         class_logits, box_deltas = self.box_branch(features, p.boxes, p.valid, image_size)
         found = torch.vmap(partial(self.filter, image_size=tuple(image_size)))(p.boxes, p.valid, class_logits, box_deltas)
+        for _ in range(c.box_passes - 1): found = found._replace(boxes=self.look_again(features, found, image_size))
         mask_logits = self.mask_branch(features, found.boxes, found.labels > 0, image_size)
         return Detections(*found, of_class(mask_logits, found.labels).sigmoid())
+
+    def look_again(self, features, found, image_size) -> Tensor:
+        "Boxes (B, D, 4) after another look of the box head, at what it found."
+        filled = found.labels > 0                                                                    # (B, D)
+        deltas = of_class(self.box_branch(features, found.boxes, filled, image_size)[1], found.labels)   # (B, D, 4)
+        boxes = clip(decode(deltas, found.boxes, self.config.box_weights), *image_size)
+        return torch.where(filled[..., None], boxes, 0.)
 
     def box_branch(self, features, rois, filled, image_size) -> tuple[Tensor, Tensor]:
         "ROIAlign 7x7, box head, predictor: class_logits (B, R, K), box_deltas (B, R, K, 4)."
@@ -169,4 +179,4 @@ class MaskRCNN(nn.Module):
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
     sizes=((16,), (32,), (64,), (96,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
-    n_rois=32, n_detections=20)
+    n_rois=32, positive_fraction=0.5, n_masks=4, box_beta=0., aligned=True, n_detections=20, box_passes=2)
