@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maskrcnn_edu.mask_rcnn.Noise': ('mask_rcnn.html#noise', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.group_norm': ('mask_rcnn.html#group_norm', 'maskrcnn_edu/mask_rcnn.py')},
             'maskrcnn_edu.nms': { 'maskrcnn_edu.nms._': ('nms.html#_', 'maskrcnn_edu/nms.py'),
+                                  'maskrcnn_edu.nms.check_shapes': ('nms.html#check_shapes', 'maskrcnn_edu/nms.py'),
                                   'maskrcnn_edu.nms.kernel_source': ('nms.html#kernel_source', 'maskrcnn_edu/nms.py'),
                                   'maskrcnn_edu.nms.nms_keep': ('nms.html#nms_keep', 'maskrcnn_edu/nms.py'),
                                   'maskrcnn_edu.nms.nms_loop': ('nms.html#nms_loop', 'maskrcnn_edu/nms.py'),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from maskrcnn_edu.checkpoints import load_weights, save_weights
 from maskrcnn_edu.core import set_seed
+from maskrcnn_edu.cuda import backend
 from maskrcnn_edu.data import CLASSES, DataError, Sample, load_splits, make_shapes, write_coco
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES
 from maskrcnn_edu.train import SHAPES_RECIPE, app, coco_recipe, fit, train_shapes
@@ -42,10 +43,10 @@ def fails(*args, words):
     return done
 
 def command(*args, **kwargs):
-    "As a program of its own, on one thread"
+    "As a program of its own, on one thread and on the backend that this one has: that a compiler is missing is said there, not here"
     program = Path(sys.executable).with_name('maskrcnn-edu')
     return subprocess.Popen([str(a) for a in (program, *args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}, **kwargs)
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'MASKRCNN_EDU_BACKEND': backend()}, **kwargs)
 
 def strict(text):
     "Json as the standard has it, without NaN"

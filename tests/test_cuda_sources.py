@@ -42,7 +42,7 @@ def threads(request, monkeypatch):
 
 # ---- nvcc ----
 
-@pytest.mark.skipif(not nvcc, reason='no nvcc on PATH or in /usr/local/cuda')
+@pytest.mark.skipif(not (nvcc and gxx), reason='no nvcc on PATH or in /usr/local/cuda, or no g++ for it')
 def test_nvcc_compiles_for_sm_80_and_sm_90(tmp_path):
     command = cuda_command(('80', '90'))     # the one that a machine with a GPU runs
     said = run(*command, oldest_torch, '-Xcompiler', '-Wall,-Wno-unknown-pragmas', '-o', tmp_path/'cuda.so')

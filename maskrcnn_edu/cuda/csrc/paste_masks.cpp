@@ -52,7 +52,7 @@ Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, do
   const int64_t n = masks.size(0), size = masks.size(1);
   masks = torch::stable::contiguous(cast(masks, type)), boxes = torch::stable::contiguous(cast(boxes, type));
   Tensor out = torch::stable::new_empty(masks, {n, height, width}, ScalarType::Bool);
-  uint8_t* to = static_cast<uint8_t*>(large(out, n * height * width).mutable_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(large(out).mutable_data_ptr());
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const T *m = masks.const_data_ptr<T>(), *b = boxes.const_data_ptr<T>();

@@ -6,7 +6,7 @@
 
 namespace maskrcnn_edu {
 
-constexpr int64_t lanes = 8;
+constexpr int64_t lanes = 16;  // of Vec
 
 template <typename T> struct Tap {
   int64_t cell;  // along one axis
@@ -120,27 +120,65 @@ template <typename T> std::vector<Window<T>> windows_of(const std::vector<Axis<T
   return out;
 }
 
-// ---- maps whose columns are neighbours in memory: a few planes (image, channel) at a time, which stay in the cache ----
+// ---- maps whose columns are neighbours in memory: four planes (image, channel) at a time, which stay in the cache ----
 
-constexpr int64_t most_planes = 4;
+constexpr int64_t planes = 4;
 
-// strip[x] = sum of N weighted rows of a plane, over the window; for each of the planes
-template <int64_t N, typename T> void sum_rows(T* strip, const T* plane, int64_t planes, const Map& m, const Tap<T>* ys, const Window<T>& at) {
-  const T* row[N];
+// Four rows of numbers as one row of four: a0 b0 c0 d0 a1 b1 c1 d1 ...
+template <typename T> void interleave(T* to, Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
+  const auto first = [](Vec<T> x, Vec<T> y) { return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); };
+  const auto second = [](Vec<T> x, Vec<T> y) { return __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); };
+  const auto first_pairs = [](Vec<T> x, Vec<T> y) { return __builtin_shufflevector(x, y, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23); };
+  const auto second_pairs = [](Vec<T> x, Vec<T> y) { return __builtin_shufflevector(x, y, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31); };
+  store(to, first_pairs(first(a, b), first(c, d))), store(to + lanes, second_pairs(first(a, b), first(c, d)));
+  store(to + 2 * lanes, first_pairs(second(a, b), second(c, d))), store(to + 3 * lanes, second_pairs(second(a, b), second(c, d)));
+}
+
+// The sum of N weighted rows of a plane, 16 columns from x on; `row` are those of the plane.
+template <int64_t N, typename T> Vec<T> sum_rows(const T* const* row, const T* weight, int64_t x) {
+  Vec<T> sum = weight[0] * load(row[0] + x);
+  for (int64_t k = 1; k < N; k++) sum += weight[k] * load(row[k] + x);
+  return sum;
+}
+
+// strip[4 * x + p] = the sum of N weighted rows of plane p, over the window
+template <int64_t N, typename T> void make_strip(T* strip, const T* const* plane, const Map& m, const Tap<T>* ys, const Window<T>& at) {
+  const T* row[planes][N];
   T weight[N];
-  for (int64_t k = 0; k < N; k++) row[k] = plane + ys[k].cell * m.width + at.start, weight[k] = ys[k].weight;
-  for (int64_t p = 0; p < planes; p++, strip += at.width) {
-    int64_t x = 0;
-    for (; x + lanes <= at.width; x += lanes) {
-      Vec<T> sum = weight[0] * load(row[0] + x);
-      for (int64_t k = 1; k < N; k++) sum += weight[k] * load(row[k] + x);
-      store(strip + x, sum);
+  for (int64_t k = 0; k < N; k++) {
+    weight[k] = ys[k].weight;
+    for (int64_t p = 0; p < planes; p++) row[p][k] = plane[p] + ys[k].cell * m.width + at.start;
+  }
+  int64_t x = 0;
+  for (; x + lanes <= at.width; x += lanes)
+    interleave(strip + planes * x, sum_rows<N>(row[0], weight, x), sum_rows<N>(row[1], weight, x), sum_rows<N>(row[2], weight, x), sum_rows<N>(row[3], weight, x));
+  for (; x < at.width; x++)
+    for (int64_t p = 0; p < planes; p++) {
+      T sum = 0;
+      for (int64_t k = 0; k < N; k++) sum += weight[k] * row[p][k][x];
+      strip[planes * x + p] = sum;
     }
-    for (; x < at.width; x++) {
-      strip[x] = weight[0] * row[0][x];
-      for (int64_t k = 1; k < N; k++) strip[x] += weight[k] * row[k][x];
+}
+
+template <typename T> void planes_forward(const T* const* plane, int64_t count, const Map& m, const Axis<T>& ys, const Axis<T>& xs, const Window<T>& at, T* strip, T* out) {
+  const int64_t height = ys.start.size() - 1, width = xs.start.size() - 1;
+  for (int64_t i = 0; i < height; i++) {
+    const Tap<T>* y = &ys.taps[ys.start[i]];
+    switch (ys.count(i)) {
+      case 0: std::fill_n(strip, planes * at.width, T(0)); break;
+      case 1: make_strip<1>(strip, plane, m, y, at); break;
+      case 2: make_strip<2>(strip, plane, m, y, at); break;
+      case 3: make_strip<3>(strip, plane, m, y, at); break;
+      default: make_strip<4>(strip, plane, m, y, at);
     }
-    for (int64_t k = 0; k < N; k++) row[k] += m.plane();
+    for (int64_t k = 4; k < ys.count(i); k++)  // more than two points a bin
+      for (int64_t p = 0; p < planes; p++)
+        for (int64_t x = 0; x < at.width; x++) strip[planes * x + p] += y[k].weight * plane[p][y[k].cell * m.width + at.start + x];
+    for (int64_t j = 0; j < width; j++) {
+      Vec<T, planes> sum{};  // one number a plane
+      for (int64_t k = xs.start[j]; k < xs.start[j + 1]; k++) sum += xs.taps[k].weight * load<planes>(strip + planes * (xs.taps[k].cell - at.start));
+      for (int64_t p = 0; p < count; p++) out[(p * height + i) * width + j] = sum[p];
+    }
   }
 }
 
@@ -149,28 +187,6 @@ template <typename T> void add_row(T* row, const T* strip, T weight, int64_t wid
   int64_t x = 0;
   for (; x + lanes <= width; x += lanes) store(row + x, load(row + x) + weight * load(strip + x));
   for (; x < width; x++) row[x] += weight * strip[x];
-}
-
-template <typename T> void planes_forward(const T* plane, int64_t planes, const Map& m, const Axis<T>& ys, const Axis<T>& xs, const Window<T>& at, T* strip, T* out) {
-  const int64_t height = ys.start.size() - 1, width = xs.start.size() - 1;
-  for (int64_t i = 0; i < height; i++) {
-    const Tap<T>* y = &ys.taps[ys.start[i]];
-    switch (ys.count(i)) {
-      case 0: std::fill_n(strip, planes * at.width, T(0)); break;
-      case 1: sum_rows<1>(strip, plane, planes, m, y, at); break;
-      case 2: sum_rows<2>(strip, plane, planes, m, y, at); break;
-      case 3: sum_rows<3>(strip, plane, planes, m, y, at); break;
-      default: sum_rows<4>(strip, plane, planes, m, y, at);
-    }
-    for (int64_t k = 4; k < ys.count(i); k++)  // more than two points a bin
-      for (int64_t p = 0; p < planes; p++) add_row(strip + p * at.width, plane + p * m.plane() + y[k].cell * m.width + at.start, y[k].weight, at.width);
-    for (int64_t j = 0; j < width; j++) {
-      T sum[most_planes] = {};
-      for (int64_t k = xs.start[j]; k < xs.start[j + 1]; k++)
-        for (int64_t p = 0; p < planes; p++) sum[p] += xs.taps[k].weight * strip[p * at.width + xs.taps[k].cell - at.start];
-      for (int64_t p = 0; p < planes; p++) out[(p * height + i) * width + j] = sum[p];
-    }
-  }
 }
 
 template <typename T> void plane_backward(T* plane, const Map& m, const Axis<T>& ys, const Window<T>& at, T* strip, const T* grad) {
@@ -248,14 +264,16 @@ void forward(const std::vector<Tensor>& features, const std::vector<Map>& maps, 
       }; });
     } else {
       const auto windows = windows_of(boxes.xs, boxes.of_map, m);
-      const int64_t pieces = (channels + most_planes - 1) / most_planes;
-      parallel(images * pieces, [&] { return [&, strip = std::vector<T>(most_planes * m.width)](int64_t i) mutable {
-        const int64_t b = i / pieces, c = i % pieces * most_planes, n = std::min(most_planes, channels - c) * m.plane();
-        const T* plane = data + (b * channels + c) * m.plane();
-        if (boxes.of_map[m.level * images + b].size() >= 16)  // boxes enough to need most of it: fetch it in order, before they read here and there
-          for (int64_t x = 0; x < n; x += 64 / sizeof(T)) __builtin_prefetch(plane + x);
-        for (int64_t k : boxes.of_map[m.level * images + b])
-          planes_forward(plane, std::min(most_planes, channels - c), m, boxes.ys[k], boxes.xs[k], windows[k], strip.data(), out + k * size + c * height * width);
+      const int64_t pieces = (channels + planes - 1) / planes;
+      parallel(images * pieces, [&] { return [&, strip = std::vector<T>(planes * m.width)](int64_t i) mutable {
+        const int64_t b = i / pieces, c = i % pieces * planes, count = std::min(planes, channels - c);
+        const auto& list = boxes.of_map[m.level * images + b];
+        const T* plane[planes];
+        for (int64_t p = 0; p < planes; p++) plane[p] = data + (b * channels + c + std::min(p, count - 1)) * m.plane();
+        if (list.size() >= 16)  // boxes enough to need most of it: fetch it in order, before they read here and there
+          for (int64_t x = 0; x < count * m.plane(); x += 64 / sizeof(T)) __builtin_prefetch(plane[0] + x);
+        for (int64_t k : list)
+          planes_forward(plane, count, m, boxes.ys[k], boxes.xs[k], windows[k], strip.data(), out + k * size + c * height * width);
       }; });
     }
   }
@@ -294,9 +312,14 @@ void backward(const T* grad, const std::vector<Tensor>& out, const std::vector<M
     } else {
       const auto windows = windows_of(boxes.xs, boxes.of_map, m);
       parallel(images * channels, [&] { return [&, strip = std::vector<T>(m.width)](int64_t i) mutable {
-        std::fill_n(data + i * m.plane(), m.plane(), T(0));
-        for (int64_t k : boxes.of_map[m.level * images + i / channels])
-          plane_backward(data + i * m.plane(), m, boxes.ys[k], windows[k], strip.data(), grad + k * size + i % channels * bins);
+        T* plane = data + i * m.plane();
+        std::fill_n(plane, m.plane(), T(0));
+        const auto& list = boxes.of_map[m.level * images + i / channels];
+        const T* from = grad + i % channels * bins;
+        for (size_t k = 0; k < list.size(); k++) {
+          if (k + 1 < list.size()) __builtin_prefetch(from + list[k + 1] * size);  // what the next box gives lies elsewhere
+          plane_backward(plane, m, boxes.ys[list[k]], windows[list[k]], strip.data(), from + list[k] * size);
+        }
       }; });
     }
   }
@@ -336,7 +359,7 @@ Tensor roi_align(std::vector<Tensor> features, Tensor boxes, Tensor image, Tenso
   Tensor out = torch::stable::new_empty(sources[0], {n, channels, height, width}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    T* to = large(out, n * size * sizeof(T)).template mutable_data_ptr<T>();
+    T* to = large(out).template mutable_data_ptr<T>();
     const auto read = read_boxes<T>(maps, boxes, image, level, scales, height, width, sampling, aligned);
     std::vector<bool> filled(n);
     for (const auto& list : read.of_map) for (int64_t k : list) filled[k] = true;
@@ -355,7 +378,7 @@ std::vector<Tensor> roi_align_backward(Tensor grad, std::vector<Tensor> features
     Map m = map_of(f, int64_t(out.size()));
     Tensor t = torch::stable::new_empty(f, {m.images, m.channels, m.height, m.width}, type);
     if (m.channels_last) t = torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type), 1, 3), 2, 3);
-    maps.push_back(m), out.push_back(large(t, t.numel() * t.element_size()));
+    maps.push_back(m), out.push_back(large(t));
   }
   boxes = torch::stable::contiguous(cast(boxes, type)), image = torch::stable::contiguous(image), level = torch::stable::contiguous(level);
   grad = torch::stable::contiguous(cast(grad, type));
