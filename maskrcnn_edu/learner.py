@@ -529,7 +529,7 @@ def raw_model(learn: Learner) -> MaskRCNN:
 
 class SaveState(Callback):
     "After each epoch: everything needed to go on in `path/state.pth`, and the table so far in `path/history.csv`."
-    order = 55   # after the Recorder, before a callback that may end the run
+    order = 70   # last: when the state is there, so is all that other callbacks write
     def __init__(self,
         path,      # folder
         rows=(),     # of the table, from before the run was resumed
