@@ -494,6 +494,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.MaskRCNN.forward': ( 'mask_rcnn.html#maskrcnn.forward',
                                                                                      'maskrcnn_edu/mask_rcnn.py'),
+                                        'maskrcnn_edu.mask_rcnn.MaskRCNN.look_again': ( 'mask_rcnn.html#maskrcnn.look_again',
+                                                                                        'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.MaskRCNN.mask_branch': ( 'mask_rcnn.html#maskrcnn.mask_branch',
                                                                                          'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.MaskRCNN.predict': ( 'mask_rcnn.html#maskrcnn.predict',

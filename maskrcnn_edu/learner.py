@@ -139,6 +139,14 @@ class FlipTurn(ItemTransform):
         return turn(image, instances, random.choice(self.quarters), random.random() < 0.5)
 
 
+class Recolour(ItemTransform):
+    "Red, green and blue change places, and half of the pictures become negatives: for objects that may have any colour."
+    split_idx = 0
+    def encodes(self, pair):
+        image = pair[0][..., np.random.permutation(3)]
+        return np.ascontiguousarray(255 - image if random.random() < 0.5 else image), pair[1]
+
+
 class ScaleCrop(ItemTransform):
     "A random piece of the image, enlarged or reduced to `size`."
     split_idx = 0
@@ -699,7 +707,7 @@ def predict_instances(
     was_training = model.training
     boxes, *rest = (to_float(t[0]) for t in model.eval().predict(to_input(image, model)))
     model.train(was_training)
-    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score)
+    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
 
 # %% ../nbs/20_learner.ipynb #dac39cd9
 class Stages(Callback):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 from typing import NamedTuple
+from .boxes import clip, decode
 from .box_head import BoxHead, BoxPredictor
 from .box_loss import box_loss, of_class
 from .detections import Detected, detect
@@ -51,11 +52,13 @@ class MaskRCNNConfig:
     n_post_predict: int = 1000
     n_rois: int = 512                   # R
     positive_fraction: float = 0.25     # M = R * positive_fraction
+    n_masks: int = 128                  # positives whose masks are learnt, at most
     roi_iou: float = 0.5
+    box_beta: float = 1 / 9             # where the box loss turns from square to straight
     box_weights: tuple = (10., 10., 5., 5.)
     canonical_size: int = 224           # a box of this side, pixels, is read from P4
     sampling: int = 2                   # ROIAlign: points a bin along each side
-    aligned: bool = False               # ROIAlign: values in the middle of their cells
+    aligned: bool = False               # ROIAlign and masks: values in the middle of their cells, nothing rounded
     box_bins: int = 7
     mask_bins: int = 14
     hidden: int = 1024                  # width of the box head
@@ -63,6 +66,7 @@ class MaskRCNNConfig:
     min_score: float = 0.05             # detections
     nms_iou: float = 0.5
     n_detections: int = 100             # D
+    box_passes: int = 1                 # looks of the box head at prediction; the second starts from what the first found
 
 # %% ../nbs/19_mask_rcnn.ipynb #7be6dce0
 def group_norm(
@@ -101,7 +105,7 @@ class MaskRCNN(nn.Module):
         self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden), BoxPredictor(c.hidden, c.n_classes)
         self.mask_head, self.mask_predictor = MaskHead(c.channels, c.mask_channels), MaskPredictor(c.mask_channels, c.mask_channels, c.n_classes)
         self.build_targets = partial(head_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
-                                     weights=c.box_weights, mask_size=2 * c.mask_bins)
+                                     weights=c.box_weights, mask_size=2 * c.mask_bins, aligned=c.aligned)
         self.filter = partial(detect, weights=c.box_weights, min_score=c.min_score, nms_iou=c.nms_iou, n_detections=c.n_detections)
         self.register_buffer('mean', torch.tensor(c.mean).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(c.std).view(3, 1, 1), persistent=False)
@@ -137,12 +141,12 @@ class MaskRCNN(nn.Module):
         p = self.rpn.propose(rpn, c.n_pre, c.n_post)
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, boxes, labels, masks, noise.head)
         class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size)
-        m = targets.target_masks.shape[1]   # positives stand in the first M slots
+        m = min(c.n_masks, targets.target_masks.shape[1])   # positives stand in the first M slots
         mask_labels = targets.labels[:, :m]
         mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size)
         return {**self.rpn.losses(rpn, rpn_targets),
-                **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas),
-                **mask_loss(mask_logits, mask_labels, targets.target_masks)}
+                **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta),
+                **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
 
     def detect(self, features, image_size) -> Detections:
         "Frames *RPN* and *Head* in prediction, from the feature maps on."
@@ -150,8 +154,16 @@ class MaskRCNN(nn.Module):
         p = self.rpn.propose(rpn, c.n_pre_predict, c.n_post_predict)
         class_logits, box_deltas = self.box_branch(features, p.boxes, p.valid, image_size)
         found = torch.vmap(partial(self.filter, image_size=tuple(image_size)))(p.boxes, p.valid, class_logits, box_deltas)
+        for _ in range(c.box_passes - 1): found = found._replace(boxes=self.look_again(features, found, image_size))
         mask_logits = self.mask_branch(features, found.boxes, found.labels > 0, image_size)
         return Detections(*found, of_class(mask_logits, found.labels).sigmoid())
+
+    def look_again(self, features, found, image_size) -> Tensor:
+        "Boxes (B, D, 4) after another look of the box head, at what it found."
+        filled = found.labels > 0                                                                    # (B, D)
+        deltas = of_class(self.box_branch(features, found.boxes, filled, image_size)[1], found.labels)   # (B, D, 4)
+        boxes = clip(decode(deltas, found.boxes, self.config.box_weights), *image_size)
+        return torch.where(filled[..., None], boxes, 0.)
 
     def box_branch(self, features, rois, filled, image_size) -> tuple[Tensor, Tensor]:
         "ROIAlign 7x7, box head, predictor: class_logits (B, R, K), box_deltas (B, R, K, 4)."
@@ -176,4 +188,4 @@ class MaskRCNN(nn.Module):
 SHAPES = MaskRCNNConfig(
     n_classes=4, **TINY, channels=64, hidden=256, mask_channels=64,
     sizes=((16,), (32,), (64,), (96,), (128,)), rpn_sample=128, n_pre=200, n_post=200, n_pre_predict=200, n_post_predict=100,
-    n_rois=32, n_detections=20)
+    n_rois=32, positive_fraction=0.5, n_masks=4, box_beta=0., aligned=True, n_detections=20, box_passes=2)
