@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Detected', 'detect', 'whole_box', 'pixel_weights', 'paste_soft', 'paste_op', 'paste_masks', 'to_instances']
 
-# %% ../nbs/18_detections.ipynb #3c243b4a
+# %% ../nbs/18_detections.ipynb #357db167
 import math
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing import NamedTuple
 from .boxes import clip, decode, has_size
-from .nms import nms_keep
+from .nms import nms_keep, put_first
 from .data import Instances
-from .roi_align import neighbours, put_first
+from .roi_align import neighbours, whole
 
-# %% ../nbs/18_detections.ipynb #b8b54bd5
+# %% ../nbs/18_detections.ipynb #b2957148
 class Detected(NamedTuple):
     "What was found, before masks."
     boxes: Tensor   # (D, 4) xyxy, pixels of the network's input
@@ -49,7 +49,7 @@ def detect(
     labels = torch.where(found, index // scores.shape[1] + 1, 0)
     return Detected(torch.where(found[:, None], boxes.flatten(0, 1)[index], 0.), labels, torch.where(found, top, 0.))
 
-# %% ../nbs/18_detections.ipynb #9b7ee3f3
+# %% ../nbs/18_detections.ipynb #eab3fc14
 def whole_box(
     boxes: Tensor,   # (D, 4) xyxy
     size: int,       # S, bins of the small mask
@@ -92,12 +92,12 @@ def paste_soft(
     wy, wx = pixel_weights(y1, y2, rows, size), pixel_weights(x1, x2, cols, size)    # (D, H, S+2), (D, W, S+2)
     return wy.to(masks) @ F.pad(masks, (1, 1, 1, 1)) @ wx.to(masks).transpose(1, 2)  # (D, H, W)
 
-# %% ../nbs/18_detections.ipynb #9624e29c
+# %% ../nbs/18_detections.ipynb #486958eb
 @torch.library.custom_op('maskrcnn_edu::paste_masks', mutates_args=())
 def paste_op(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, aligned: bool = False) -> Tensor:
-    whole = torch.promote_types(masks.dtype, torch.float32)
+    kind = whole(masks)
     finite = boxes.isfinite().all(-1, keepdim=True)
-    return paste_soft(masks.to(whole), torch.where(finite, boxes.to(whole), -9.), height, width, aligned) >= threshold
+    return paste_soft(masks.to(kind), torch.where(finite, boxes.to(kind), -9.), height, width, aligned) >= threshold
 
 
 @paste_op.register_fake
@@ -122,7 +122,7 @@ def paste_masks(
     "Small masks at their places in the picture (Mask R-CNN, section 3.1)."
     return torch.ops.maskrcnn_edu.paste_masks(masks.detach(), boxes.detach(), height, width, threshold, aligned)
 
-# %% ../nbs/18_detections.ipynb #31cc3205
+# %% ../nbs/18_detections.ipynb #9eae5523
 def to_instances(
     boxes: Tensor,      # (D, 4) xyxy, pixels of the picture
     labels: Tensor,     # (D,) 0 = empty slot

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['roi_align_op', 'roi_align_backward', 'neighbours', 'sample_points', 'roi_align_loop', 'roi_level', 'flatten_pyramid',
            'bin_rows', 'bin_weights', 'whole', 'usable', 'each_box', 'roi_align_torch', 'roi_align_backward_torch',
-           'save_for_backward', 'backward', 'no_second', 'put_first', 'merge', 'pyramid_roi_align', 'roi_align',
-           'scatter_slots', 'random_rois']
+           'save_for_backward', 'backward', 'no_second', 'merge', 'pyramid_roi_align', 'roi_align', 'scatter_slots',
+           'random_rois']
 
-# %% ../nbs/12_roi_align.ipynb #4d7ef353
+# %% ../nbs/12_roi_align.ipynb #e53857ec
 import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from . import cuda   # loads the native kernels, where there are any
+from .nms import put_first
 
-# %% ../nbs/12_roi_align.ipynb #10f785be
+# %% ../nbs/12_roi_align.ipynb #de86f438
 def neighbours(
     position: Tensor,         # (...) along one axis, in cells
     length,                   # cells along the axis; a number or a tensor that broadcasts
@@ -29,7 +30,7 @@ def neighbours(
     cells = torch.stack([low, (low + 1).minimum((length - 1).to(position))], -1).long()   # (..., 2)
     return cells, torch.stack([1 - part, part], -1) * inside[..., None]                   # (..., 2)
 
-# %% ../nbs/12_roi_align.ipynb #30b78255
+# %% ../nbs/12_roi_align.ipynb #46125ec8
 def sample_points(
     start: Tensor,    # (...) near edge of the box along one axis, in cells
     end: Tensor,      # (...) far edge
@@ -44,7 +45,7 @@ def sample_points(
     width = (extent / size)[..., None, None]                                                             # (..., 1, 1)
     return (start[..., None, None] + bins[:, None] * width + (points + 0.5) * width / sampling).flatten(-2)
 
-# %% ../nbs/12_roi_align.ipynb #15197832
+# %% ../nbs/12_roi_align.ipynb #ccb0f06a
 def roi_align_loop(
     feature: Tensor,   # (C, H, W)
     roi: Tensor,       # (4,) xyxy, pixels
@@ -64,7 +65,7 @@ def roi_align_loop(
             out[:, i // sampling, j // sampling] += value / sampling**2
     return out
 
-# %% ../nbs/12_roi_align.ipynb #a560a0bc
+# %% ../nbs/12_roi_align.ipynb #e9d04873
 def roi_level(
     boxes: Tensor,          # (..., 4) xyxy, pixels
     n_levels=4,             # maps to choose from
@@ -77,7 +78,7 @@ def roi_level(
     level = (canonical_level + torch.log2(side / canonical_size) + 1e-6).floor()
     return level.clamp(first_level, first_level + n_levels - 1).long() - first_level
 
-# %% ../nbs/12_roi_align.ipynb #b0887cc7
+# %% ../nbs/12_roi_align.ipynb #a9989fed
 def flatten_pyramid(
     features: list[Tensor],  # each (B, C, Hi, Wi)
 ) -> Tensor:                 # (B * cells, C), cells = sum of Hi * Wi
@@ -107,7 +108,7 @@ def bin_rows(
     cols, wx = (t.unflatten(1, (1, size[1], sampling)).flatten(3)[:, :, :, None] for t in (cols, wx))  # (N, 1, across, 1, 2 * sampling)
     return (rows + cols).flatten(-2), (wy * wx).flatten(-2) / sampling**2
 
-# %% ../nbs/12_roi_align.ipynb #30a6b3a8
+# %% ../nbs/12_roi_align.ipynb #30cf1321
 def bin_weights(
     start: Tensor,    # () near edge of the box along one axis, in cells
     end: Tensor,      # () far edge
@@ -127,7 +128,7 @@ def bin_weights(
     index, weights = neighbours(torch.where(point < points, position, torch.nan), cells)                     # (size, n, 2)
     return start.new_zeros(size, cells).scatter_add(1, index.flatten(1), weights.flatten(1) / points.clamp(min=1))
 
-# %% ../nbs/12_roi_align.ipynb #bdac46bb
+# %% ../nbs/12_roi_align.ipynb #2cb6945b
 def whole(t: Tensor) -> torch.dtype:
     "The type that sums are made in."
     return torch.promote_types(t.dtype, torch.float32)
@@ -148,7 +149,7 @@ def each_box(features, boxes, image, level, scales, height, width, sampling, ali
         h, w = features[l].shape[-2:]
         yield n, l, b, bin_weights(y1, y2, height, sampling, aligned, h), bin_weights(x1, x2, width, sampling, aligned, w)
 
-# %% ../nbs/12_roi_align.ipynb #7b1bd463
+# %% ../nbs/12_roi_align.ipynb #0afb2016
 def roi_align_torch(
     features: list[Tensor],  # each (B, C, Hi, Wi), any float
     boxes: Tensor,           # (N, 4) xyxy, pixels
@@ -177,7 +178,7 @@ def roi_align_torch(
 
 roi_align_op = torch.library.custom_op('maskrcnn_edu::roi_align', roi_align_torch, mutates_args=())
 
-# %% ../nbs/12_roi_align.ipynb #f6b47de2
+# %% ../nbs/12_roi_align.ipynb #f23c2404
 def roi_align_backward_torch(
     grad: Tensor,            # (N, C, height, width)
     features: list[Tensor],  # each (B, C, Hi, Wi), for their shapes and order of memory
@@ -211,7 +212,7 @@ def roi_align_backward_torch(
 
 roi_align_backward = torch.library.custom_op('maskrcnn_edu::roi_align_backward', roi_align_backward_torch, mutates_args=())
 
-# %% ../nbs/12_roi_align.ipynb #c4a15b4d
+# %% ../nbs/12_roi_align.ipynb #8d3a23b4
 @roi_align_op.register_fake
 def _(features, boxes, image, level, scales, height, width, sampling, aligned):
     return features[0].new_empty(len(boxes), features[0].shape[1], height, width)
@@ -220,7 +221,7 @@ def _(features, boxes, image, level, scales, height, width, sampling, aligned):
 @roi_align_backward.register_fake
 def _(grad, features, *args): return [torch.empty_like(f) for f in features]
 
-# %% ../nbs/12_roi_align.ipynb #f1560c09
+# %% ../nbs/12_roi_align.ipynb #48bc9362
 def save_for_backward(ctx, inputs, output):
     "Only the maps' shapes and the boxes are needed again."
     features, *boxes, ctx.scales, ctx.height, ctx.width, ctx.sampling, ctx.aligned = inputs
@@ -243,16 +244,7 @@ def no_second(ctx, *grads):
 roi_align_op.register_autograd(backward, setup_context=save_for_backward)
 roi_align_backward.register_autograd(no_second)
 
-# %% ../nbs/12_roi_align.ipynb #c57ed9ff
-def put_first(
-    info,              # of the vmap: info.batch_size = V
-    dims,              # the mapped dimension of each tensor, or None
-    tensors,
-) -> list[Tensor]:     # each (V, ...)
-    "The mapped dimension in front; what is not mapped is repeated."
-    return [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims)]
-
-
+# %% ../nbs/12_roi_align.ipynb #9d3d3676
 def merge(info, dims, features, boxes):
     "Images of all runs behind each other, boxes too."
     features = put_first(info, dims[0] or [None] * len(features), features)                        # each (V, B, C, H, W)
@@ -261,7 +253,7 @@ def merge(info, dims, features, boxes):
     image = torch.where(inside, image + torch.arange(info.batch_size, device=image.device)[:, None] * features[0].shape[1], -1)
     return [f.flatten(0, 1) for f in features], *(t.flatten(0, 1) for t in (boxes, image, level))
 
-# %% ../nbs/12_roi_align.ipynb #01903557
+# %% ../nbs/12_roi_align.ipynb #da2c59e9
 @roi_align_op.register_vmap
 def _(info, dims, features, boxes, image, level, *args):
     out = torch.ops.maskrcnn_edu.roi_align(*merge(info, dims, features, (boxes, image, level)), *args)
@@ -274,7 +266,7 @@ def _(info, dims, grad, features, boxes, image, level, *args):
     grads = torch.ops.maskrcnn_edu.roi_align_backward(grad.flatten(0, 1), *merge(info, dims[1:], features, (boxes, image, level)), *args)
     return [g.unflatten(0, (info.batch_size, -1)) for g in grads], [0] * len(grads)
 
-# %% ../nbs/12_roi_align.ipynb #707d2f7c
+# %% ../nbs/12_roi_align.ipynb #05869631
 def pyramid_roi_align(
     features: list[Tensor],        # P2..P5, each (B, C, Hi, Wi)
     boxes: Tensor,                 # (B, R, 4) xyxy, pixels of the network's input; no gradient goes to them
@@ -294,7 +286,7 @@ def pyramid_roi_align(
     out = torch.ops.maskrcnn_edu.roi_align(features, *(t.flatten(0, 1) for t in (boxes, image, level)), scales, size, size, sampling, aligned)
     return out.unflatten(0, level.shape)
 
-# %% ../nbs/12_roi_align.ipynb #6b425f67
+# %% ../nbs/12_roi_align.ipynb #2afce2a5
 def roi_align(
     feature: Tensor,      # (B, C, H, W)
     rois,                 # (N, 5): image and xyxy, pixels; or for every image a tensor (n, 4)
@@ -310,7 +302,7 @@ def roi_align(
     image = rois[:, 0].detach().long()
     return torch.ops.maskrcnn_edu.roi_align([feature], rois[:, 1:].detach(), image, torch.zeros_like(image), [float(spatial_scale)], height, width, sampling_ratio, aligned)
 
-# %% ../nbs/12_roi_align.ipynb #66b7a443
+# %% ../nbs/12_roi_align.ipynb #78632283
 def scatter_slots(
     values: Tensor,  # (N, ...) of the filled slots
     filled: Tensor,  # (B, R) bool, N of them true
@@ -319,7 +311,7 @@ def scatter_slots(
     out = values.new_zeros(*filled.shape, *values.shape[1:])
     return out.masked_scatter(filled.reshape(*filled.shape, *[1] * (values.ndim - 1)), values)
 
-# %% ../nbs/12_roi_align.ipynb #8a1eae4d
+# %% ../nbs/12_roi_align.ipynb #92d1dbcc
 def random_rois(
     *shape,          # leading dimensions
     image_side=128,  # pixels

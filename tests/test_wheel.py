@@ -44,6 +44,8 @@ def clean_env():
 
 def test_wheel_holds_what_is_not_code(wheel):
     names = zipfile.ZipFile(wheel).namelist()
+    sources = {p.name for p in (root/'maskrcnn_edu'/'cuda'/'csrc').iterdir()}
+    assert sources <= {Path(n).name for n in names if n.startswith('maskrcnn_edu/cuda/csrc/')}, 'without its sources the native code cannot compile itself'
     assert 'maskrcnn_edu/overview.svg' in names
     assert {'maskrcnn_edu/weights/shapes.safetensors', 'maskrcnn_edu/weights/nuclei.safetensors'} <= set(names)
     assert not [n for n in names if n.startswith(('tests/', 'nbs/', 'tools/', 'benchmarks/'))]

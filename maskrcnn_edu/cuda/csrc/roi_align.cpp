@@ -209,9 +209,9 @@ template <typename T> void plane_backward(T* plane, const Map& m, const Axis<T>&
 
 // ---- channels_last maps: all channels of a cell are neighbours in memory ----
 
-// to[c] = sum of weighted cells, over all channels
 template <typename T> struct Source { const T* cell; T weight; };
 
+// to[c] = sum of weighted cells, over all channels
 template <typename T> void sum_cells(T* to, const Source<T>* from, int64_t n, int64_t channels) {
   int64_t c = 0;
   for (; c + 4 * lanes <= channels; c += 4 * lanes) {
@@ -376,9 +376,9 @@ std::vector<Tensor> roi_align_backward(Tensor grad, std::vector<Tensor> features
   std::vector<Tensor> out;
   for (const Tensor& f : features) {
     Map m = map_of(f, int64_t(out.size()));
-    Tensor t = torch::stable::new_empty(f, {m.images, m.channels, m.height, m.width}, type);
-    if (m.channels_last) t = torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type), 1, 3), 2, 3);
-    maps.push_back(m), out.push_back(large(t));
+    const Tensor t = m.channels_last ? torch::stable::new_empty(f, {m.images, m.height, m.width, m.channels}, type) : torch::stable::new_empty(f, {m.images, m.channels, m.height, m.width}, type);
+    large(t);
+    maps.push_back(m), out.push_back(m.channels_last ? torch::stable::transpose(torch::stable::transpose(t, 1, 3), 2, 3) : t);
   }
   boxes = torch::stable::contiguous(cast(boxes, type)), image = torch::stable::contiguous(image), level = torch::stable::contiguous(level);
   grad = torch::stable::contiguous(cast(grad, type));
