@@ -70,7 +70,10 @@ def read_header(
         raise WeightsError(f'{path}: not a safetensors weight file ({e}); weights are written by training as weights.safetensors.') from None
     if header.get('format') != 'maskrcnn_edu':
         raise WeightsError(f'{path}: a safetensors file of another program, without our configuration; use weights written by maskrcnn-edu train.')
-    try: return MaskRCNNConfig(**{k: tupled(v) for k, v in json.loads(header['config']).items()}), json.loads(header['classes'])
+    try:
+        numbers = json.loads(header['config'])
+        if numbers.pop('frozen_norm', False): numbers['norm'] = 'frozen'   # as the first version wrote it
+        return MaskRCNNConfig(**{k: tupled(v) for k, v in numbers.items()}), json.loads(header['classes'])
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise WeightsError(f'{path}: its header cannot be read ({e}); it was written by another version of maskrcnn_edu.') from None
 
