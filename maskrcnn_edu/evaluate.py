@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.metrics import ValueMetric
+from fastai.torch_core import get_model
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -511,9 +512,10 @@ def gather(
 def to_pairs(
     targets, # boxes (B,G,4), labels (B,G), masks (B,G,H,W)
     detections, # boxes (B,D,4), labels (B,D), scores (B,D), masks (B,D,28,28)
+    aligned=False, # boxes are exact, as the model's configuration says
 ): # list of (truth, found)
     "True and found objects of each image of a batch"
-    return [(Slots(t).instances(), to_instances(*d, t[2].shape[-2:])) for t, d in zip(zip(*targets), zip(*detections))]
+    return [(Slots(t).instances(), to_instances(*d, t[2].shape[-2:], aligned=aligned)) for t, d in zip(zip(*targets), zip(*detections))]
 
 class CocoMetrics(Callback):
     "Average precision of boxes and masks on the validation set, every few epochs"
@@ -531,7 +533,7 @@ class CocoMetrics(Callback):
         self.pairs, self.scores = [], {}
 
     def after_batch(self):
-        if not self.training and self.due: self.pairs += to_pairs(self.yb[0], self.pred)
+        if not self.training and self.due and self.yb: self.pairs += to_pairs(self.yb[0], self.pred, get_model(self.model).config.aligned)
 
     def after_validate(self):
         if not self.due: return
@@ -610,7 +612,7 @@ class InstanceInterpretation:
             x, y = x.as_subclass(Tensor), [t.as_subclass(Tensor) for t in y]
             features, size = model.features(x), x.shape[-2:]
             losses.append(float(learn.loss_func(model.training_losses(features, size, *y))))
-            pairs += to_pairs(y, model.detect(features, size))
+            pairs += to_pairs(y, model.detect(features, size), model.config.aligned)
             images.append((x[0] * 255).round().byte().cpu())
         model.train(was_training)
         names = [item.name for item in dl.items]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'turn', 'resize', 'stretch', 'enlarged', 'replace_size', 'window',
-           'Stretch', 'FlipTurn', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown', 'ToSlots', 'to_slots', 'fill_up', 'Item',
-           'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names', 'instance_block', 'colour', 'instance_dls',
-           'show_pairs', 'show_batch', 'show_results', 'plot_top_losses', 'LossInterpretation', 'tensorboard_log',
-           'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each', 'LossParts', 'losses_of', 'sum_over_ranks',
-           'EpochSeed', 'EMA', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic', 'find_state',
-           'load_state', 'ShareBatches', 'rank_loader', 'split_model', 'load_imagenet', 'mask_rcnn_learner', 'to_input',
-           'predict_instances', 'Stages', 'heads_first', 'FrozenNorm', 'PredictionPicture', 'diagram_boxes']
+           'Stretch', 'FlipTurn', 'Recolour', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown', 'ToSlots', 'to_slots',
+           'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names', 'instance_block', 'colour',
+           'instance_dls', 'show_pairs', 'show_batch', 'show_results', 'plot_top_losses', 'LossInterpretation',
+           'tensorboard_log', 'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each', 'LossParts', 'losses_of',
+           'sum_over_ranks', 'EpochSeed', 'EMA', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic',
+           'find_state', 'load_state', 'ShareBatches', 'rank_loader', 'split_model', 'load_imagenet',
+           'mask_rcnn_learner', 'to_input', 'predict_instances', 'Stages', 'heads_first', 'FrozenNorm',
+           'PredictionPicture', 'diagram_boxes']
 
 # %% ../nbs/20_learner.ipynb #b24a1fb3
 import os, random
