@@ -36,6 +36,7 @@ nuclei: venv
 # one thread a worker, so that the workers do not fight for the cores
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
+test: export MASKRCNN_EDU_STATIC := 1
 test: venv
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests

@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'maskrcnn_edu.core.Diagram._repr_svg_': ('core.html#diagram._repr_svg_', 'maskrcnn_edu/core.py'),
                                    'maskrcnn_edu.core._caption': ('core.html#_caption', 'maskrcnn_edu/core.py'),
                                    'maskrcnn_edu.core._channels_last': ('core.html#_channels_last', 'maskrcnn_edu/core.py'),
+                                   'maskrcnn_edu.core.explore': ('core.html#explore', 'maskrcnn_edu/core.py'),
                                    'maskrcnn_edu.core.set_seed': ('core.html#set_seed', 'maskrcnn_edu/core.py'),
                                    'maskrcnn_edu.core.show_boxes': ('core.html#show_boxes', 'maskrcnn_edu/core.py'),
                                    'maskrcnn_edu.core.show_diagram': ('core.html#show_diagram', 'maskrcnn_edu/core.py'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'ROLE_COLOURS', 'COLOURS', 'Diagram', 'show_diagram', 'set_seed', 'to_array', 'show_image', 'show_images',
-           'show_boxes', 'show_masks', 'show_instances']
+           'show_boxes', 'show_masks', 'show_instances', 'explore']
 
 # %% ../nbs/00_core.ipynb #506a5fe9
-import random
+import os, random
 from importlib.resources import files
 import numpy as np, torch
 import matplotlib.pyplot as plt
@@ -151,3 +151,13 @@ def show_instances(
     role = 'gt' if instances.scores is None else 'prediction'
     if len(instances.boxes) > captions: return show_boxes(instances.boxes, ax, role=role, linewidth=.6)
     return show_boxes(instances.boxes, ax, instances.labels, instances.scores, names, role=role)
+
+# %% ../nbs/00_core.ipynb #e0010002
+def explore(
+    draw,        # function of the numbers below, with defaults; it draws a picture
+    **controls,  # name=(least, most, step), or name=[choice, …]
+):
+    "The picture with a slider for each number; the picture alone where `MASKRCNN_EDU_STATIC` is set."
+    if os.environ.get('MASKRCNN_EDU_STATIC'): return draw()
+    from ipywidgets import interactive
+    return interactive(draw, **controls)
