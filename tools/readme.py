@@ -29,7 +29,7 @@ def output(out, code, pictures):
     if 'image/png' not in data: return ''
     file = f'nbs/images/index_{len(pictures)}.png'
     pictures[file] = base64.b64decode(joined(data['image/png']))
-    return f'![{option(code, "alt") or ""}]({file})'
+    return f'![{option(code, "fig-alt") or ""}]({file})'
 
 def convert():
     "README's text, and the pictures it shows: file -> bytes."
