@@ -34,10 +34,11 @@ def arguments(function, said):
     defaults = dict(zip([x.arg for x in ordered[len(ordered) - len(a.defaults):]], a.defaults)) | {x.arg: d for x, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
     every = ordered + ([a.vararg] if a.vararg else []) + a.kwonlyargs + ([a.kwarg] if a.kwarg else [])
     last = {x.lineno: x.arg for x in every}                                     # of several on a line the last one has the comment
+    if function.returns: last[function.returns.end_lineno] = 'returns'
     star = {getattr(a.vararg, 'arg', None): '*', getattr(a.kwarg, 'arg', None): '**'}
     found = [Argument(star.get(x.arg, '') + x.arg, written(x.annotation), written(defaults.get(x.arg)), beside(x.lineno, said, last) if last[x.lineno] == x.arg else '') for x in every]
     if ordered and found[0].name in ('self', 'cls'): found = found[1:]
-    if function.returns: found.append(Argument('returns', written(function.returns), '', beside(function.returns.lineno, said, last)))
+    if function.returns: found.append(Argument('returns', written(function.returns), '', beside(function.returns.end_lineno, said, last)))
     return found
 
 def fields(cls, said):

@@ -225,8 +225,7 @@ def traces(tmp_path_factory):
     return model.trace(images, names=names).to_html(folder/'prediction.html'), model.trace(images, *truth, names=names).to_html(folder/'training.html')
 
 @needs_browser
-@pytest.mark.parametrize('way', [0, 1], ids=['prediction', 'training'])
-@pytest.mark.parametrize('width', [1280, 390])
+@pytest.mark.parametrize('way,width', [(0, 1280), (1, 390)], ids=['prediction, wide', 'training, narrow'])
 def test_a_trace_opens_every_box_by_click_and_by_keyboard(traces, open_page, tmp_path, way, width):
     page = open_page(traces[way], width)
     assert not look(page)
@@ -241,6 +240,7 @@ def test_a_trace_opens_every_box_by_click_and_by_keyboard(traces, open_page, tmp
         assert not look(page), name
         page.keyboard.press('Escape')
         assert not panel.is_visible(), f'Escape does not close {name}'
+        page.wait_for_timeout(20)                # the page is told that the panel has closed after it has
         boxes.nth(i).focus()
         page.keyboard.press('Enter')
         assert panel.is_visible(), f'Enter does not open {name}'
