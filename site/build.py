@@ -65,11 +65,12 @@ def build(out):
     "0 if all pages could be written without a warning."
     work = out.parent/f'{out.name}.work'
     shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)                # what stood there is older than the notebooks
     sources(work/'source')
     write(work/'extra/overview.svg', re.sub(r'href="\.\./(\w+)\.ipynb"', r'href="\1.html"', (nbs/'images/overview.svg').read_text(encoding='utf-8')))
     os.environ['SITE_EXTRA'] = str(work/'extra')
-    failed = sphinx(['-q', '-W', '--keep-going', '-j', str(os.cpu_count() or 1), '-c', str(here), '-d', str(work/'doctrees'), '-b', 'html', str(work/'source'), str(out)])
+    failed = sphinx(['-q', '-W', '--keep-going', '-j', str(os.cpu_count() or 1), '-c', str(here), '-d', str(work/'doctrees'), '-b', 'html', str(work/'source'), str(work/'html')])
+    if not failed: shutil.move(work/'html', out)
     shutil.rmtree(work, ignore_errors=True)
     return failed
 
