@@ -7,7 +7,7 @@ DATA    ?= ../shared/data/dsb2018_stage1_train.zip
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv train nuclei test bench gpu lab readme clean
+.PHONY: help venv train nuclei test bench gpu lab site readme clean
 
 help:
 	@echo 'make venv     the environment in $(VENV) (about 6 GB, a few minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make bench    our ops beside torchvision'\''s on this CPU, into benchmarks/results/ops.json'
 	@echo 'make gpu      all checks and measurements that need a GPU, into benchmarks/results/; PYTHON has torch and torchvision'
 	@echo 'make lab      open the notebooks'
+	@echo 'make site     static pages of all lessons, modules and tests, into build/site; offline'
 	@echo 'make readme   write README.md from nbs/index.ipynb'
 	@echo 'make clean    remove caches and build leftovers'
 
@@ -51,6 +52,9 @@ gpu:
 lab: venv
 	$(BIN)/nbdev-trust
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+site: venv
+	$(BIN)/python site/build.py build/site
 
 readme: venv
 	$(BIN)/python tools/readme.py
