@@ -24,7 +24,7 @@ def cell_anchors(
     half = torch.stack([-width, -height, width, height], 1) / 2
     return half.round() if rounded else half
 
-# %% ../nbs/03_anchors.ipynb #bf681f51
+# %% ../nbs/03_anchors.ipynb #fc6c6c8a
 def grid_anchors(
     cell: Tensor,             # (n, 4) anchors around the origin
     feature_size,             # (Hi, Wi) rows and columns of the map
@@ -37,7 +37,7 @@ def grid_anchors(
     shift = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)  # (Hi * Wi, 1, 4)
     return (shift + cell).reshape(-1, 4)                     # (Hi * Wi * n, 4)
 
-
+# %% ../nbs/03_anchors.ipynb #0e49c02a
 def pyramid_anchors(
     image_size,                                  # (H, W) of the network's input, pixels
     feature_sizes,                               # one (Hi, Wi) a level, finest first
@@ -53,7 +53,7 @@ def pyramid_anchors(
               for size, (h, w) in zip(sizes, feature_sizes)]
     return torch.cat(levels)
 
-
+# %% ../nbs/03_anchors.ipynb #f7d74e0f
 def level_counts(
     feature_sizes,       # one (Hi, Wi) a level
     per_cell: int = 3,   # anchors of one cell

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_boxes.ipynb #5b4465f5
+# %% ../nbs/01_boxes.ipynb #6835d60c
 def box_area(
     boxes: Tensor,  # (..., 4) xyxy, pixels
 ) -> Tensor:        # (...) area, pixels squared, 0 for a box without extent
@@ -18,7 +18,7 @@ def box_area(
     width_height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)  # (..., 2)
     return width_height[..., 0] * width_height[..., 1]
 
-
+# %% ../nbs/01_boxes.ipynb #d666f613
 def box_iou(
     a: Tensor,  # (..., N, 4) xyxy
     b: Tensor,  # (..., M, 4) xyxy
@@ -31,7 +31,7 @@ def box_iou(
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - shared
     return shared / union.clamp(min=torch.finfo(a.dtype).tiny)
 
-# %% ../nbs/01_boxes.ipynb #9c82d6ce
+# %% ../nbs/01_boxes.ipynb #b67c6e59
 def centre_size(
     boxes: Tensor,          # (..., 4) xyxy
 ) -> tuple[Tensor, Tensor]: # centre (..., 2) and size (..., 2), both x before y
@@ -48,7 +48,7 @@ def numbers(
     "Python numbers as a tensor beside another one. A GPU fills it by itself: nothing is copied, nobody waits."
     return torch.stack([torch.full((), v, dtype=dtype or like.dtype, device=like.device) for v in values])
 
-
+# %% ../nbs/01_boxes.ipynb #04f1109b
 def encode(
     boxes: Tensor,             # (..., 4) xyxy, where we want to be
     anchors: Tensor,           # (..., 4) xyxy, where we start
@@ -61,7 +61,7 @@ def encode(
     scale = torch.log(bs.clamp(min=tiny) / as_.clamp(min=tiny))
     return torch.cat([shift, scale], -1) * numbers(weights, boxes)
 
-# %% ../nbs/01_boxes.ipynb #2661d149
+# %% ../nbs/01_boxes.ipynb #d4c58442
 def decode(
     deltas: Tensor,                # (..., 4) dx dy dw dh
     anchors: Tensor,               # (..., 4) xyxy
@@ -75,7 +75,7 @@ def decode(
     half = 0.5 * size * deltas[..., 2:].clamp(max=max_log).exp()
     return torch.cat([centre - half, centre + half], -1)
 
-
+# %% ../nbs/01_boxes.ipynb #bca25d55
 def clip(
     boxes: Tensor,  # (..., 4) xyxy
     height: int,    # of the image, pixels
