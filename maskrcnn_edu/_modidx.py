@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'maskrcnn_edu/evaluate.py'),
                                        'maskrcnn_edu.evaluate.average_precision': ( 'evaluate.html#average_precision',
                                                                                     'maskrcnn_edu/evaluate.py'),
+                                       'maskrcnn_edu.evaluate.caption_places': ('evaluate.html#caption_places', 'maskrcnn_edu/evaluate.py'),
                                        'maskrcnn_edu.evaluate.choose': ('evaluate.html#choose', 'maskrcnn_edu/evaluate.py'),
                                        'maskrcnn_edu.evaluate.compare': ('evaluate.html#compare', 'maskrcnn_edu/evaluate.py'),
                                        'maskrcnn_edu.evaluate.confusion_matrix': ( 'evaluate.html#confusion_matrix',

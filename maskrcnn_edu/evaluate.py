@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Match', 'IOUS', 'SIZES', 'ERRORS', 'ErrorSplit', 'pair_iou', 'mask_iou', 'choose', 'match', 'outline',
-           'show_differences', 'precision_curve', 'Compared', 'compare', 'judge', 'average_precision', 'mean_valid',
-           'CocoEval', 'none_if_nan', 'plot_pr', 'label_map', 'label_iou', 'dsb_score', 'mean_dsb', 'largest_first',
-           'confusion_matrix', 'plot_confusion', 'explain', 'explain_all', 'mean_ap', 'fix', 'split_errors',
-           'plot_errors', 'image_score', 'gather', 'to_pairs', 'CocoMetrics', 'coverage', 'plot_coverage',
-           'InstanceInterpretation']
+           'caption_places', 'show_differences', 'precision_curve', 'Compared', 'compare', 'judge', 'average_precision',
+           'mean_valid', 'CocoEval', 'none_if_nan', 'plot_pr', 'label_map', 'label_iou', 'dsb_score', 'mean_dsb',
+           'largest_first', 'confusion_matrix', 'plot_confusion', 'explain', 'explain_all', 'mean_ap', 'fix',
+           'split_errors', 'plot_errors', 'image_score', 'gather', 'to_pairs', 'CocoMetrics', 'coverage',
+           'plot_coverage', 'InstanceInterpretation']
 
 # %% ../nbs/21_evaluate.ipynb #d97b87da
 import contextlib, io
@@ -92,6 +92,20 @@ def outline(
         h, w = padded.shape
         if crop.size: ax.contour(np.arange(w) + x - 1, np.arange(h) + y - 1, padded, [.5], colors=[colour], linewidths=1.2, linestyles=style)
 
+def caption_places(
+    boxes, # (n,4)
+    size, # (H,W) of the image
+    height=.1, # of a line of text, share of the image's height
+): # list of x, y, 'left' or 'right'
+    "Where captions stand: at the top of each box, below one another where they would overlap"
+    places = []
+    for x1, y1, x2, _ in boxes:
+        side = 'left' if x1 + x2 < size[1] else 'right'
+        x, y = (max(x1, 0) if side == 'left' else min(x2, size[1] - 1)), max(y1, height * size[0])
+        while any(abs(y - other) < height * size[0] for _, other, _ in places): y += height * size[0] / 4
+        places.append((x, y, side))
+    return places
+
 def show_differences(
     image, # (H,W,3)
     truth, # Instances
@@ -99,21 +113,21 @@ def show_differences(
     ax=None,
     iou=.5, # needed to be right
     title=None,
-    captions=8, # score and IoU of each object, where there are no more than this
+    captions=8, # class, score and IoU of each object, where there are no more than this
     names=None, # of classes, 'background' first
 ): # axes
-    "Right: green. Wrong: red. Missed: white, dashed. Captions: class, score, largest IoU with a true object"
+    "Right: green. Wrong: red, dotted, with a cross. Missed: white, dashed. Captions: class, score, largest IoU with a true object"
     ax, m = show_image(image, ax=ax, title=title), match(truth, found, iou)
     outline(ax, truth[m.missed], ROLE_COLOURS['gt'], 'dashed')
-    outline(ax, found[m.wrong], ROLE_COLOURS['negative'])
+    outline(ax, found[m.wrong], ROLE_COLOURS['negative'], 'dotted')
     outline(ax, found[m.pairs[:, 1]], ROLE_COLOURS['positive'])
     if len(found) > captions: return ax
     best = mask_iou(truth, found).max(0, initial=0)
-    for j, (box, label) in enumerate(zip(found.boxes, found.labels)):
-        at_top = box[1] < .1 * truth.size[0]  # no room above: write inside
-        text = f"{names[label] + ' ' if names else ''}{found.scores[j]:.2f}, IoU {best[j]:.2f}"
-        ax.text(max(box[0], 0), max(box[1], 0), text, fontsize=8, va='top' if at_top else 'bottom', clip_on=True,
-            bbox=dict(facecolor=ROLE_COLOURS['negative' if j in m.wrong else 'positive'], edgecolor='none', pad=1, alpha=.8))
+    for j, (x, y, side) in enumerate(caption_places(found.boxes, truth.size)):
+        wrong = j in m.wrong
+        text = f"{'✗' if wrong else '✓'} {names[found.labels[j]] + ' ' if names else ''}{found.scores[j]:.2f}, IoU {best[j]:.2f}"
+        ax.text(x, y, text, fontsize=8, va='bottom', ha=side, clip_on=True,
+            bbox=dict(facecolor=ROLE_COLOURS['negative' if wrong else 'positive'], edgecolor='none', pad=.6, alpha=.8))
     return ax
 
 # %% ../nbs/21_evaluate.ipynb #98a96edb
@@ -310,10 +324,10 @@ def plot_pr(
 ): # axes
     "Precision against recall, a line a class"
     ax = ax or plt.subplots(figsize=(3.5, 3))[1]
-    for name, (recall, precision) in evaluation.pr_curve(iou, kind).items():
-        ax.plot(recall, precision, label=f'{name} {precision.mean():.2f}')
+    for i, (name, (recall, precision)) in enumerate(evaluation.pr_curve(iou, kind).items()):
+        ax.plot(recall, precision, label=f'{name} {precision.mean():.2f}', linestyle=['-', '--', ':', '-.'][i % 4])
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.05), title=f'{kind}, IoU {iou}')
-    ax.legend(fontsize=8)
+    if ax.lines: ax.legend(fontsize=8, framealpha=.5)
     return ax
 
 # %% ../nbs/21_evaluate.ipynb #87e79f67
@@ -570,14 +584,15 @@ def plot_coverage(
 ): # axes
     "How many objects the best anchor reaches, and how well"
     ax = ax or plt.subplots(figsize=(5, 2.4), layout='constrained')[1]
-    for column, colour in (('best', '#9ca3af'), ('recommended', '#38bdf8')):
+    for column in ('best', 'recommended'):
         if column not in table: continue
         x = table[column]
         text = ', '.join(f'{(x < t).mean():.0%} below {t}' for t in least)
-        ax.hist(x, bins=40, range=(0, 1), color=colour, alpha=.8, label=f"{'now' if column == 'best' else column}: mean {x.mean():.2f}, {text}")
-    for t, colour in zip(least, (ROLE_COLOURS['negative'], ROLE_COLOURS['positive'])): ax.axvline(t, color=colour, lw=1)
+        style = dict(color='#9ca3af') if column == 'best' else dict(histtype='step', color='#0369a1', lw=1.5)   # filled and outlined, seen without colours
+        ax.hist(x, bins=40, range=(0, 1), label=f"{'now' if column == 'best' else column}: mean {x.mean():.2f}, {text}", **style)
+    for t, line in zip(least, (':', '--')): ax.axvline(t, color='black', ls=line, lw=1)
     ax.set(xlabel='IoU with the best anchor', ylabel='objects')
-    ax.legend(fontsize=7, loc='upper left')
+    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), frameon=False)
     return ax
 
 # %% ../nbs/21_evaluate.ipynb #d1b07197
