@@ -22,7 +22,8 @@ from .mask_head import MaskHead, MaskPredictor, predict_masks
 from .mask_loss import mask_loss
 from .resnet import ResNet, TINY
 from .roi_align import pyramid_roi_align
-from .rpn import RPN
+from .rpn import RPN, RPNOutput
+from .trace import Noting, Trace, listening
 
 # %% ../nbs/19_mask_rcnn.ipynb #854dc6fa
 @dataclass(frozen=True)
@@ -93,10 +94,13 @@ class Noise(NamedTuple):
     head: Tensor   # (B, P + G) in 0..1
 
 
-class MaskRCNN(nn.Module):
+class MaskRCNN(Noting, nn.Module):
     "Mask R-CNN with a feature pyramid (Mask R-CNN, section 3)."
     def __init__(self,
         config: MaskRCNNConfig = MaskRCNNConfig(),
+        pool=pyramid_roi_align,      # pieces of the feature maps for rois; called as `pyramid_roi_align` is
+        build_targets=head_targets,  # rois and targets of one image, from proposals and truth
+        filter=detect,               # detections of one image, from proposals and what the box head said
     ):
         super().__init__()
         self.config = c = config
@@ -104,9 +108,10 @@ class MaskRCNN(nn.Module):
         self.rpn = RPN(c.channels, c.sizes, c.ratios, c.rpn_sample, c.rpn_positive_fraction, c.rpn_positive_iou, c.rpn_negative_iou, c.rpn_nms_iou)
         self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden), BoxPredictor(c.hidden, c.n_classes)
         self.mask_head, self.mask_predictor = MaskHead(c.channels, c.mask_channels), MaskPredictor(c.mask_channels, c.mask_channels, c.n_classes)
-        self.build_targets = partial(head_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
+        self.pool = pool
+        self.build_targets = partial(build_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
                                      weights=c.box_weights, mask_size=2 * c.mask_bins, aligned=c.aligned)
-        self.filter = partial(detect, weights=c.box_weights, min_score=c.min_score, nms_iou=c.nms_iou, n_detections=c.n_detections)
+        self.filter = partial(filter, weights=c.box_weights, min_score=c.min_score, nms_iou=c.nms_iou, n_detections=c.n_detections)
         self.register_buffer('mean', torch.tensor(c.mean).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(c.std).view(3, 1, 1), persistent=False)
 
@@ -114,6 +119,7 @@ class MaskRCNN(nn.Module):
         images: Tensor,   # (B, 3, H, W) in 0..1
     ) -> list[Tensor]:    # P2..P6
         "Frame *Backbone*."
+        self.note(images=images)
         return self.backbone((images - self.mean) / self.std)
 
     def forward(self,
@@ -135,28 +141,40 @@ class MaskRCNN(nn.Module):
 
     def training_losses(self, features, image_size, boxes, labels, masks, noise=None) -> dict[str, Tensor]:
         "Frames *RPN* and *Head* in training, from the feature maps on."
-        c, rpn = self.config, self.rpn(features, image_size)
+        c, rpn = self.config, self.ask(features, image_size)
         if noise is None: noise = self.draw_noise(len(boxes), len(rpn.anchors), c.n_post + boxes.shape[1], boxes)
         rpn_targets = self.rpn.targets(rpn, boxes, labels, noise.rpn)
         p = self.rpn.propose(rpn, c.n_pre, c.n_post)
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, boxes, labels, masks, noise.head)
+        self.note(gt=dict(boxes=boxes, labels=labels, masks=masks), rpn_targets=rpn_targets, proposals=p, head_targets=targets)
         class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size)
         m = min(c.n_masks, targets.target_masks.shape[1])   # positives stand in the first M slots
         mask_labels = targets.labels[:, :m]
         mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size)
-        return {**self.rpn.losses(rpn, rpn_targets),
-                **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta),
-                **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
+        losses = {**self.rpn.losses(rpn, rpn_targets),
+                  **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta),
+                  **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
+        self.note(losses=losses)
+        return losses
 
     def detect(self, features, image_size) -> Detections:
         "Frames *RPN* and *Head* in prediction, from the feature maps on."
-        c, rpn = self.config, self.rpn(features, image_size)
+        c, rpn = self.config, self.ask(features, image_size)
         p = self.rpn.propose(rpn, c.n_pre_predict, c.n_post_predict)
+        self.note(proposals=p)
         class_logits, box_deltas = self.box_branch(features, p.boxes, p.valid, image_size)
         found = torch.vmap(partial(self.filter, image_size=tuple(image_size)))(p.boxes, p.valid, class_logits, box_deltas)
         for _ in range(c.box_passes - 1): found = found._replace(boxes=self.look_again(features, found, image_size))
         mask_logits = self.mask_branch(features, found.boxes, found.labels > 0, image_size)
-        return Detections(*found, of_class(mask_logits, found.labels).sigmoid())
+        detections = Detections(*found, of_class(mask_logits, found.labels).sigmoid())
+        self.note(detections=detections)
+        return detections
+
+    def ask(self, features, image_size) -> RPNOutput:
+        "What the RPN says about every anchor."
+        rpn = self.rpn(features, image_size)
+        self.note(features=features, anchors=rpn.anchors, objectness=rpn.objectness, deltas=rpn.deltas, level_sizes=rpn.level_sizes)
+        return rpn
 
     def look_again(self, features, found, image_size) -> Tensor:
         "Boxes (B, D, 4) after another look of the box head, at what it found."
@@ -167,22 +185,50 @@ class MaskRCNN(nn.Module):
 
     def box_branch(self, features, rois, filled, image_size) -> tuple[Tensor, Tensor]:
         "ROIAlign 7x7, box head, predictor: class_logits (B, R, K), box_deltas (B, R, K, 4)."
-        return self.box_predictor(self.box_head(self.roi_align(features, rois, self.config.box_bins, image_size, filled)))
+        roi_features = self.roi_align(features, rois, self.config.box_bins, image_size, filled)
+        class_logits, box_deltas = self.box_predictor(self.box_head(roi_features))
+        self.note(rois=rois, filled=filled, roi_features=roi_features, class_logits=class_logits, box_deltas=box_deltas)
+        return class_logits, box_deltas
 
     def mask_branch(self, features, rois, filled, image_size) -> Tensor:
         "ROIAlign 14x14, mask head, predictor: mask_logits (B, M, K, 28, 28)."
-        return predict_masks(self.mask_head, self.mask_predictor, self.roi_align(features, rois, self.config.mask_bins, image_size, filled), filled)
+        mask_features = self.roi_align(features, rois, self.config.mask_bins, image_size, filled)
+        mask_logits = predict_masks(self.mask_head, self.mask_predictor, mask_features, filled)
+        self.note(mask_rois=rois, mask_filled=filled, mask_features=mask_features, mask_logits=mask_logits)
+        return mask_logits
 
     def roi_align(self, features, rois, size, image_size, filled) -> Tensor:
         "Pieces of P2..P5; P6 is for the RPN only. Empty slots cost nothing and stay 0."
         c = self.config
-        return pyramid_roi_align(features[:4], rois, size, image_size, c.sampling, c.aligned, c.canonical_size, filled)
+        return self.pool(features[:4], rois, size, image_size, c.sampling, c.aligned, c.canonical_size, filled)
 
     def draw_noise(self, n_images, n_anchors, n_candidates, like: Tensor) -> Noise:
         "Fresh dice in training; the same ones every time in eval mode, so that validation losses can be compared."
         g = None if self.training else torch.Generator(like.device).manual_seed(0)
         draw = partial(torch.rand, generator=g, device=like.device, dtype=like.dtype)
         return Noise(draw(n_images, n_anchors), draw(n_images, n_candidates))
+
+    @torch.no_grad()
+    def trace(self,
+        images: Tensor,       # (B, 3, H, W) in 0..1
+        boxes=None,           # (B, G, 4), and
+        labels=None,          # (B, G), and
+        masks=None,           # (B, G, H, W): training; without the three, prediction
+        noise: Noise | None = None,
+        names=None,           # class names, names[0] the background
+    ) -> Trace:
+        "Every tensor of the diagram, of one pass in eval mode; the model is left as it was."
+        truth = (boxes, labels, masks)
+        if any(t is None for t in truth) != all(t is None for t in truth): raise ValueError('training needs boxes, labels and masks: give all three, or none to predict.')
+        modes, body = {m: m.training for m in self.modules()}, getattr(self.backbone, 'body', None)
+        hook = body and body.register_forward_hook(lambda module, args, out: self.note(bottom_up=list(out)))
+        try:
+            self.eval()
+            with listening(self) as notes: self.predict(images) if boxes is None else self(images, *truth, noise)
+        finally:
+            if hook: hook.remove()
+            for module, mode in modes.items(): module.training = mode
+        return Trace(notes, self.config, names)
 
 # %% ../nbs/19_mask_rcnn.ipynb #b2426278
 SHAPES = MaskRCNNConfig(
