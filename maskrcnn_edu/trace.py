@@ -156,6 +156,7 @@ def panels(
 
 def ground(ax, t, i, title=None, light=.55):
     "The image, darkened, so that thin lines over it can be told apart."
+    ax.set(xticks=[], yticks=[])   # ticks that nobody sees take time all the same
     return show_image(t['images'][i] * light, ax, title)
 
 
@@ -168,6 +169,7 @@ def say(ax, title: str, text=''):
 def heat(ax, x, title='', **kwargs):
     "Numbers as colours, yellow for the largest."
     ax.imshow(to_array(x), cmap='viridis', **kwargs)
+    ax.set(xticks=[], yticks=[])
     say(ax, title)
 
 
@@ -381,7 +383,7 @@ def crop(ax, t, i, roi, title=''):
     "The part of the image below a roi."
     height, width = t['images'].shape[-2:]
     x1, y1, x2, y2 = roi.nan_to_num().tolist()
-    show_image(t['images'][i], ax, title)
+    ground(ax, t, i, title, light=1.)
     ax.set(xlim=(max(x1, 0) - .5, max(min(x2, width), x1 + 1) - .5), ylim=(max(min(y2, height), y1 + 1) - .5, max(y1, 0) - .5), aspect='auto')
 
 
@@ -667,7 +669,7 @@ nav {display: flex; gap: 6px}
 @media (max-width: 600px) {dialog .wide img {max-width: none; width: 640px}}
 @media (prefers-color-scheme: dark) {
 :root {--ground: #0f172a; --text: #e2e8f0; --line: #475569; --panel: #1e293b; --link: #93c5fd}
-html .mrcnn-overview > rect {fill: #0f172a} html .mrcnn-overview .frame rect {fill: #1e293b} html .mrcnn-overview .halo {stroke: #1e293b}
+html .mrcnn-overview > rect {fill: #0f172a} html .mrcnn-overview .frame rect {fill: #1e293b} html .mrcnn-overview .halo {stroke: none}
 html .mrcnn-overview .heading, html .mrcnn-overview .title, html .mrcnn-overview .key, html .mrcnn-overview .shape, html .mrcnn-overview #mask_rcnn .nb, html .mrcnn-overview #rpn .nb {fill: #e2e8f0}
 html .mrcnn-overview .arrow {stroke: #cbd5e1} html .mrcnn-overview .tip {fill: #cbd5e1}
 }

@@ -8,6 +8,11 @@ from maskrcnn_edu.data import make_shapes
 from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from maskrcnn_edu.trace import BOXES, Noting, png_text, trace_page
 
+def render(fig):
+    "Draw it all, coarsely."
+    fig.set_layout_engine('none')
+    assert png_text(fig, dpi=20)
+
 
 @pytest.fixture(scope='module')
 def shipped(): return load_weights('shapes')
@@ -88,7 +93,7 @@ def test_every_box_shows_for_every_image(prediction, training):
     for t in (prediction, training):
         for box in t.boxes():
             assert isinstance(t.show(box), Figure) and t.table(box)
-            png_text(t.show(box, image=1), dpi=30)
+            render(t.show(box, image=1))
 
 def test_names_of_data_lead_to_their_box(prediction):
     for name in ('proposals', 'rois', 'roi_features', 'features', 'images', 'instances', 'objectness'): assert isinstance(prediction.show(name), Figure)
@@ -113,7 +118,7 @@ def test_untrained_models_and_images_without_objects(config):
     nothing = torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1, 0, 64, 128)
     empty = torch.zeros(1, 3, 4), torch.zeros(1, 3).long(), torch.zeros(1, 3, 64, 128)
     for t in (model.trace(image), model.trace(image, *nothing), model.trace(image, *empty)):
-        for box in t.boxes(): png_text(t.show(box), dpi=20)
+        for box in t.boxes(): render(t.show(box))
 
 def test_nan_in_the_weights_is_seen(batch):
     model = MaskRCNN(SHAPES)
@@ -121,7 +126,7 @@ def test_nan_in_the_weights_is_seen(batch):
     t = model.trace(batch[0])
     sick = [r.name for r in t.table() if r.nans]
     assert sick[0] == 'deltas'
-    for box in t.boxes(): png_text(t.show(box), dpi=20)
+    for box in t.boxes(): render(t.show(box))
 
 
 class Page(HTMLParser):
