@@ -1,11 +1,16 @@
 "What the trace shows is what the model did, for any image, in prediction and training."
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 import pytest, torch
 from matplotlib.figure import Figure
+from maskrcnn_edu.boxes import box_iou
 from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import make_shapes
-from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
+from maskrcnn_edu.detections import detect
+from maskrcnn_edu.head_targets import head_targets
+from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES, grad_cam
+from maskrcnn_edu.roi_align import pyramid_roi_align, roi_level
 from maskrcnn_edu.trace import BOXES, Noting, png_text, trace_page
 
 def render(fig):
@@ -156,3 +161,32 @@ def test_page_holds_all_it_needs(model, batch, prediction, training, names, tmp_
 def test_names_are_escaped(model, batch, tmp_path):
     text = model.trace(batch[0], names=['background', '<b>', '&', '"']).to_html(tmp_path/'x.html', title='<script>').read_text(encoding='utf-8')
     assert '<title>&lt;script&gt;' in text and '<b>' not in text
+
+
+def test_grad_cam_goes_back_to_the_level_and_the_pixels(model, batch):
+    plain = model.predict(batch[0])
+    cam = grad_cam(model, batch[0][0], 0)
+    assert cam.level == 2 + int(roi_level(cam.roi, canonical_size=model.config.canonical_size))
+    assert [bool(m.any()) for m in cam.maps] == [level == cam.level for level in (2, 3, 4, 5)] and cam.pixels.shape == (128, 128)
+    assert float(box_iou(cam.roi[None], plain.boxes[:1, 0])) > .4          # the roi is that of the detection
+    x1, y1, x2, y2 = cam.roi.round().int().tolist()
+    inside = cam.pixels[max(y1, 0):y2, max(x1, 0):x2]
+    assert inside.mean() > cam.pixels.mean() and all(p.grad is None for p in model.parameters()) and model.notes is None
+    coarse = MaskRCNN(replace(model.config, canonical_size=20)).eval()
+    coarse.load_state_dict(model.state_dict())
+    assert grad_cam(coarse, batch[0][0], 0).level > 2
+
+def test_grad_cam_of_an_empty_slot_says_so(model, batch):
+    with pytest.raises(ValueError, match='is empty; there are'): grad_cam(model, batch[0][0], model.config.n_detections - 1)
+
+def test_parts_given_to_the_constructor_are_used(batch):
+    calls = []
+    def of(function, name):
+        def call(*args, **kwargs): calls.append(name); return function(*args, **kwargs)
+        return call
+    model = MaskRCNN(SHAPES, pool=of(pyramid_roi_align, 'pool'), build_targets=of(head_targets, 'targets'), filter=of(detect, 'filter')).eval()
+    expected = MaskRCNN(SHAPES).eval()
+    expected.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.predict(batch[0]), expected.predict(batch[0])))
+    model(*batch)
+    assert {'pool', 'targets', 'filter'} == set(calls)
