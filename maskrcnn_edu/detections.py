@@ -43,11 +43,12 @@ def detect(
     alive = valid & (scores > min_score) & has_size(boxes, min_size)                  # (K-1, P)
     scores = torch.where(alive, scores, -torch.inf)
     scores = torch.where(nms_keep(boxes, scores, nms_iou), scores, -torch.inf)        # (K-1, P)
-    flat = F.pad(scores.flatten(), (0, max(0, n_detections - scores.numel())), value=-torch.inf)
+    missing = max(0, n_detections - scores.numel())
+    flat, boxes = F.pad(scores.flatten(), (0, missing), value=-torch.inf), F.pad(boxes.flatten(0, 1), (0, 0, 0, missing))
     top, index = flat.topk(n_detections)                                              # (D,)
-    found, index = top > -torch.inf, index.clamp(max=scores.numel() - 1)
-    labels = torch.where(found, index // scores.shape[1] + 1, 0)
-    return Detected(torch.where(found[:, None], boxes.flatten(0, 1)[index], 0.), labels, torch.where(found, top, 0.))
+    found = top > -torch.inf
+    labels = torch.where(found, index // max(1, scores.shape[1]) + 1, 0)
+    return Detected(torch.where(found[:, None], boxes[index], 0.), labels, torch.where(found, top, 0.))
 
 # %% ../nbs/18_detections.ipynb #eab3fc14
 def whole_box(

@@ -6,12 +6,12 @@
 __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'turn', 'resize', 'stretch', 'enlarged', 'replace_size', 'window',
            'Stretch', 'FlipTurn', 'Recolour', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown', 'ToSlots', 'to_slots',
            'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names', 'instance_block', 'colour',
-           'instance_dls', 'show_pairs', 'show_batch', 'show_results', 'plot_top_losses', 'LossInterpretation',
-           'tensorboard_log', 'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each', 'LossParts', 'losses_of',
-           'sum_over_ranks', 'EpochSeed', 'EMA', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic',
-           'find_state', 'load_state', 'ShareBatches', 'rank_loader', 'split_model', 'load_imagenet',
-           'mask_rcnn_learner', 'to_input', 'predict_instances', 'Stages', 'heads_first', 'FrozenNorm',
-           'PredictionPicture', 'diagram_boxes']
+           'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each',
+           'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader', 'split_model',
+           'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
+           'LossInterpretation', 'to_input', 'predict_instances', 'Stages', 'heads_first', 'PredictionPicture',
+           'diagram_boxes', 'EMA', 'FrozenNorm', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic',
+           'find_state', 'load_state']
 
 # %% ../nbs/20_learner.ipynb #b24a1fb3
 import os, random
@@ -355,36 +355,6 @@ def show_batch(x: TensorImage, y: Slots, samples, ctxs=None, max_n=9, nrows=None
     if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
     return show_pairs(samples, ctxs, **kwargs)
 
-
-@dispatch
-def show_results(x: TensorImage, y: Slots, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize, double=True, title='truth, prediction')
-    show_pairs(samples, ctxs[::2], **kwargs)
-    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], ctxs[1::2], **kwargs)
-    return ctxs
-
-
-@dispatch
-def plot_top_losses(x: TensorImage, y: Slots, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
-    axes = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, double=True)
-    show_pairs(samples, axes[::2], [f'truth, loss {l:.2f}' for l in losses], **kwargs)
-    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], axes[1::2], ['prediction'] * len(samples), **kwargs)
-
-
-class LossInterpretation(Interpretation):
-    "fastai's, where the objects of an image stay together."
-    def __getitem__(self, idxs):
-        images, found, truth, decoded, losses = super().__getitem__(idxs)
-        return images, found, (truth,), decoded, losses
-
-
-@dispatch
-def tensorboard_log(x: TensorImage, y: Slots, samples, outs, writer, step):
-    fig, axes = get_grid(len(samples), return_fig=True, double=True)
-    show_pairs(samples, axes[::2])
-    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], axes[1::2])
-    writer.add_figure('truth, prediction', fig, step)
-
 # %% ../nbs/20_learner.ipynb #1be31d66
 LOSSES = ('loss_objectness', 'loss_rpn_box_reg', 'loss_classifier', 'loss_box_reg', 'loss_mask')
 SHORT = dict(zip(LOSSES, ('obj', 'rpn', 'cls', 'box', 'mask')))
@@ -413,7 +383,7 @@ class PassTargets(Callback):
     def before_batch(self):
         self.learn.xb = tuple(t.as_subclass(Tensor) for t in (*self.xb, *(self.yb[0] if self.yb else ())))
 
-
+# %% ../nbs/20_learner.ipynb #122f4373
 class Detect(Callback):
     "In validation, replace the losses by detections once the loss is known; the backbone runs once. Images alone are predicted."
     order, hook = 6, None
@@ -447,7 +417,7 @@ def loss_of_each(
     one = lambda i: total_loss(model.training_losses([f[i:i + 1] for f in features], images.shape[-2:], *(t[i:i + 1] for t in targets)))
     return torch.stack([one(i) for i in range(len(images))])
 
-
+# %% ../nbs/20_learner.ipynb #538ce06f
 class LossParts(Callback):
     "Means of the five losses over the epoch, for training and validation."
     order = 40
@@ -477,7 +447,8 @@ def losses_of(
     learn: Learner,
 ) -> dict[str, list]:    # column: values by epoch
     "The table of the last fit by column."
-    return dict(zip(learn.recorder.metric_names[1:-1], zip(*learn.recorder.values)))
+    rows = [row for row in learn.recorder.values if len(row)]   # an epoch that was done before the run was resumed has none
+    return dict(zip(learn.recorder.metric_names[1:-1], zip(*rows)))
 
 
 def sum_over_ranks(
@@ -490,7 +461,7 @@ def sum_over_ranks(
     torch.distributed.all_reduce(total)
     return dict(zip(sums, total.tolist()))
 
-# %% ../nbs/20_learner.ipynb #65756285
+# %% ../nbs/20_learner.ipynb #260868f2
 class EpochSeed(Callback):
     "Dice of its own for every epoch: the same seed gives the same run, stopped in between or not."
     def __init__(self, seed=0): self.seed = seed
@@ -500,7 +471,186 @@ class EpochSeed(Callback):
         dl.rng.seed(dl.seed)
         set_seed(dl.seed)
 
+# %% ../nbs/20_learner.ipynb #a61c73c1
+class ShareBatches(Callback):
+    "In a distributed run, one batch for each process in turn; where they do not come out even, some images are seen again."
+    order = 12   # after fastai has wrapped the loaders
+    def before_fit(self):
+        if num_distrib() > 1: self.learn.dls.loaders = [rank_loader(dl.dl) for dl in self.dls.loaders]
 
+
+def rank_loader(
+    dl: InstanceDL,
+):
+    "The part of the loader's batches that belongs to this process; all processes roll the same dice, so nothing has to be sent."
+    from fastai.distributed import DistributedDL   # needs accelerate
+    class RankDL(DistributedDL):
+        def get_idxs(self):
+            idxs, step = list(self.dl.get_idxs()), self.bs * self.world_size
+            idxs += (idxs * step)[:-len(idxs) % step]
+            self.idxs = [j for k in range(self.rank * self.bs, len(idxs), step) for j in idxs[k:k + self.bs]]
+            return self.idxs
+    return RankDL(dl, device=dl.device)
+
+# %% ../nbs/20_learner.ipynb #4f18daf6
+def split_model(
+    model: MaskRCNN,
+) -> L:               # three lists of parameters
+    "Shallow half of the ResNet (up to C3); deep half (C4, C5); everything that no ImageNet weights exist for."
+    body = model.backbone.body
+    heads = [model.backbone.fpn, model.rpn, model.box_head, model.box_predictor, model.mask_head, model.mask_predictor]
+    return L([body.conv1, body.bn1, body.layer1, body.layer2], [body.layer3, body.layer4], heads).map(lambda ms: [p for m in ms for p in params(m)])
+
+
+IMAGENET = {((2, 2, 2, 2), False): models.ResNet18_Weights.DEFAULT, ((3, 4, 6, 3), False): models.ResNet34_Weights.DEFAULT,
+            ((3, 4, 6, 3), True): models.ResNet50_Weights.DEFAULT, ((3, 4, 23, 3), True): models.ResNet101_Weights.DEFAULT}
+
+
+def load_imagenet(
+    model: MaskRCNN,
+) -> MaskRCNN:          # the same, with a trained backbone
+    "Start from torchvision's ImageNet weights; needs the internet the first time."
+    c = model.config
+    weights = IMAGENET.get((tuple(c.layers), c.bottleneck)) if c.width == 64 else None
+    if weights is None: raise ValueError(f'pretrained: there are no ImageNet weights for layers={c.layers}, width={c.width}; use RESNET18, 34, 50 or 101, or pretrained=False.')
+    try: state = weights.get_state_dict(progress=True)
+    except Exception as e:
+        raise RuntimeError(f'pretrained: {weights.url} cannot be downloaded ({e}); train from scratch with pretrained=False, or put the file into {torch.hub.get_dir()}/checkpoints.') from e
+    model.backbone.body.load_state_dict({k: v for k, v in state.items() if not k.startswith('fc.')})
+    return model
+
+
+def mask_rcnn_learner(
+    dls: DataLoaders,
+    config: MaskRCNNConfig = SHAPES,
+    pretrained=False,   # start from ImageNet weights
+    seed=0,             # of the initial weights and of every epoch
+    cbs=(),             # more callbacks
+    metrics=(),         # more columns
+    **kwargs,           # of the Learner
+) -> Learner:
+    "An ordinary fastai Learner for Mask R-CNN."
+    set_seed(seed)
+    model, parts = MaskRCNN(config), LossParts()
+    if pretrained: load_imagenet(model)
+    model = model.to(memory_format=torch.channels_last)   # the order of memory that convolutions like best
+    return Learner(dls, model, loss_func=total_loss, splitter=split_model, metrics=[*parts.metrics(), *L(metrics)],
+                   cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), ShareBatches(), *L(cbs)], **kwargs)
+
+# %% ../nbs/20_learner.ipynb #6f06397c
+@dispatch
+def tensorboard_log(x: TensorImage, y: Slots, samples, outs, writer, step):
+    fig, axes = get_grid(len(samples), return_fig=True, double=True)
+    show_pairs(samples, axes[::2])
+    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], axes[1::2])
+    writer.add_figure('truth, prediction', fig, step)
+
+# %% ../nbs/20_learner.ipynb #31e1312e
+@dispatch
+def show_results(x: TensorImage, y: Slots, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize, double=True, title='truth, prediction')
+    show_pairs(samples, ctxs[::2], **kwargs)
+    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], ctxs[1::2], **kwargs)
+    return ctxs
+
+
+@dispatch
+def plot_top_losses(x: TensorImage, y: Slots, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+    axes = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, double=True)
+    show_pairs(samples, axes[::2], [f'truth, loss {l:.2f}' for l in losses], **kwargs)
+    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], axes[1::2], ['prediction'] * len(samples), **kwargs)
+
+
+class LossInterpretation(Interpretation):
+    "fastai's, where the objects of an image stay together."
+    def __getitem__(self, idxs):
+        images, found, truth, decoded, losses = super().__getitem__(idxs)
+        return images, found, (truth,), decoded, losses
+
+# %% ../nbs/20_learner.ipynb #b8521f9f
+def to_input(
+    image: np.ndarray,   # (H, W, 3) uint8
+    model: MaskRCNN,
+    multiple=64,         # the sides become multiples of this, pixels
+) -> Tensor:             # (1, 3, H', W') in 0..1
+    "A picture as the model wants it."
+    if model.config.stretch: image = stretch(image)
+    image = enlarged(image, model.config.enlarge)
+    size = image.shape[:2]
+    x = torch.tensor(image, device=model.mean.device).permute(2, 0, 1) / 255       # (3, H, W)
+    h, w = (-(-n // multiple) * multiple for n in size)
+    out = model.mean.expand(3, h, w).clone()
+    out[:, :size[0], :size[1]] = x
+    return out[None]
+
+
+def predict_instances(
+    model: MaskRCNN,
+    image: np.ndarray,   # (H, W, 3) uint8, any size
+    min_score=0.,        # less sure than this is left out
+) -> Instances:          # with scores
+    "The objects in a picture, at the size of the picture."
+    was_training = model.training
+    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(to_input(image, model)))
+    model.train(was_training)
+    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
+
+# %% ../nbs/20_learner.ipynb #dac39cd9
+class Stages(Callback):
+    "Which groups of parameters learn, and how fast, by epoch."
+    def __init__(self, *stages): self.stages = stages   # (epochs, groups that stand still, learning rate); for `fit`, not for a cycle
+    def before_train(self):
+        epoch = self.epoch
+        for n, frozen, lr in self.stages:
+            if epoch < n: break
+            epoch -= n
+        self.opt.freeze_to(frozen)
+        self.opt.set_hypers(lr=lr)
+
+    def after_fit(self):
+        if self.opt: self.opt.unfreeze()
+
+
+def heads_first(
+    epochs: int,    # 4 or more
+    lr=1e-3,        # of the first two stages
+) -> Stages:
+    "A quarter of the time pyramid and heads, half of it with C4 and C5, a quarter everything at a tenth of the rate."
+    quarter = max(1, epochs // 4)
+    return Stages((quarter, 2, lr), (epochs - 2 * quarter, 1, lr), (quarter, 0, lr / 10))
+
+
+class PredictionPicture(Callback):
+    "Some images of the validation set with what is found in them, as `path/epoch_000.png`."
+    order = 56
+    def __init__(self,
+        path,          # folder
+        n=4,           # images
+        every=1,       # epochs
+        min_score=.5,  # less sure than this is not shown
+    ):
+        self.folder, self.n, self.every, self.min_score = Path(path), n, every, min_score
+
+    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
+    def after_epoch(self):
+        if (self.epoch + 1) % self.every: return
+        items = self.dls.valid_ds.items
+        fig = Figure(figsize=(2 * self.n, 2), dpi=80, layout='constrained')
+        for item, ax in zip(items[::max(1, len(items) // self.n)], fig.subplots(1, self.n, squeeze=False)[0]):
+            sample = item.dataset[item.index]
+            show_instances(sample.image, predict_instances(get_model(self.model), sample.image, self.min_score), ax, item.dataset.classes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fig.savefig(self.folder / f'epoch_{self.epoch:03}.png')
+
+# %% ../nbs/20_learner.ipynb #c4a1e3da
+def diagram_boxes(
+    model: MaskRCNN,
+) -> dict[str, list[nn.Module]]:   # name of the box: its modules
+    "The boxes of the diagram that learn, in the order of computation."
+    return dict(resnet=[model.backbone.body], fpn=[model.backbone.fpn], rpn_head=[model.rpn.head],
+                box_head=[model.box_head, model.box_predictor], mask_head=[model.mask_head, model.mask_predictor])
+
+# %% ../nbs/20_learner.ipynb #ad89cd74
 class EMA(Callback):
     "A running average of the weights: it is what is validated, saved and kept; the raw weights go on learning."
     order = -11   # before the model is put in training or evaluation mode
@@ -529,7 +679,15 @@ class EMA(Callback):
     def use_raw(self):
         if self.raw is not None: self.learn.model, self.raw = self.raw, None
 
+# %% ../nbs/20_learner.ipynb #7272f395
+class FrozenNorm(Callback):
+    "Batch norm with the means and variances that it has."
+    order = -9   # after the model was put in training mode
+    def before_train(self):
+        for m in get_model(self.model).modules():
+            if isinstance(m, bn_types): m.eval()
 
+# %% ../nbs/20_learner.ipynb #c92a7d22
 def raw_model(learn: Learner) -> MaskRCNN:
     "The weights that learn, also while their average stands in for them."
     ema = getattr(learn, 'ema', None)
@@ -615,160 +773,3 @@ def load_state(
         if ema: ema.saved = average
     except (KeyError, RuntimeError, ValueError): raise DataError(f'{file}: does not fit this model; resume with the data that the run was started with.') from None
     return state
-
-# %% ../nbs/20_learner.ipynb #a61c73c1
-class ShareBatches(Callback):
-    "In a distributed run, one batch for each process in turn; where they do not come out even, some images are seen again."
-    order = 12   # after fastai has wrapped the loaders
-    def before_fit(self):
-        if num_distrib() > 1: self.learn.dls.loaders = [rank_loader(dl.dl) for dl in self.dls.loaders]
-
-
-def rank_loader(
-    dl: InstanceDL,
-):
-    "The part of the loader's batches that belongs to this process; all processes roll the same dice, so nothing has to be sent."
-    from fastai.distributed import DistributedDL   # needs accelerate
-    class RankDL(DistributedDL):
-        def get_idxs(self):
-            idxs, step = list(self.dl.get_idxs()), self.bs * self.world_size
-            idxs += (idxs * step)[:-len(idxs) % step]
-            self.idxs = [j for k in range(self.rank * self.bs, len(idxs), step) for j in idxs[k:k + self.bs]]
-            return self.idxs
-    return RankDL(dl, device=dl.device)
-
-# %% ../nbs/20_learner.ipynb #4f18daf6
-def split_model(
-    model: MaskRCNN,
-) -> L:               # three lists of parameters
-    "Shallow half of the ResNet (up to C3); deep half (C4, C5); everything that no ImageNet weights exist for."
-    body = model.backbone.body
-    heads = [model.backbone.fpn, model.rpn, model.box_head, model.box_predictor, model.mask_head, model.mask_predictor]
-    return L([body.conv1, body.bn1, body.layer1, body.layer2], [body.layer3, body.layer4], heads).map(lambda ms: [p for m in ms for p in params(m)])
-
-
-IMAGENET = {((2, 2, 2, 2), False): models.ResNet18_Weights.DEFAULT, ((3, 4, 6, 3), False): models.ResNet34_Weights.DEFAULT,
-            ((3, 4, 6, 3), True): models.ResNet50_Weights.DEFAULT, ((3, 4, 23, 3), True): models.ResNet101_Weights.DEFAULT}
-
-
-def load_imagenet(
-    model: MaskRCNN,
-) -> MaskRCNN:          # the same, with a trained backbone
-    "Start from torchvision's ImageNet weights; needs the internet the first time."
-    c = model.config
-    weights = IMAGENET.get((tuple(c.layers), c.bottleneck)) if c.width == 64 else None
-    if weights is None: raise ValueError(f'pretrained: there are no ImageNet weights for layers={c.layers}, width={c.width}; use RESNET18, 34, 50 or 101, or pretrained=False.')
-    try: state = weights.get_state_dict(progress=True)
-    except Exception as e:
-        raise RuntimeError(f'pretrained: {weights.url} cannot be downloaded ({e}); train from scratch with pretrained=False, or put the file into {torch.hub.get_dir()}/checkpoints.') from e
-    model.backbone.body.load_state_dict({k: v for k, v in state.items() if not k.startswith('fc.')})
-    return model
-
-
-def mask_rcnn_learner(
-    dls: DataLoaders,
-    config: MaskRCNNConfig = SHAPES,
-    pretrained=False,   # start from ImageNet weights
-    seed=0,             # of the initial weights and of every epoch
-    cbs=(),             # more callbacks
-    metrics=(),         # more columns
-    **kwargs,           # of the Learner
-) -> Learner:
-    "An ordinary fastai Learner for Mask R-CNN."
-    set_seed(seed)
-    model, parts = MaskRCNN(config), LossParts()
-    if pretrained: load_imagenet(model)
-    model = model.to(memory_format=torch.channels_last)   # the order of memory that convolutions like best
-    return Learner(dls, model, loss_func=total_loss, splitter=split_model, metrics=[*parts.metrics(), *L(metrics)],
-                   cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), ShareBatches(), *L(cbs)], **kwargs)
-
-# %% ../nbs/20_learner.ipynb #b8521f9f
-def to_input(
-    image: np.ndarray,   # (H, W, 3) uint8
-    model: MaskRCNN,
-    multiple=64,         # the sides become multiples of this, pixels
-) -> Tensor:             # (1, 3, H', W') in 0..1
-    "A picture as the model wants it."
-    if model.config.stretch: image = stretch(image)
-    image = enlarged(image, model.config.enlarge)
-    size = image.shape[:2]
-    x = torch.tensor(image, device=model.mean.device).permute(2, 0, 1) / 255       # (3, H, W)
-    h, w = (-(-n // multiple) * multiple for n in size)
-    out = model.mean.expand(3, h, w).clone()
-    out[:, :size[0], :size[1]] = x
-    return out[None]
-
-
-def predict_instances(
-    model: MaskRCNN,
-    image: np.ndarray,   # (H, W, 3) uint8, any size
-    min_score=0.,        # less sure than this is left out
-) -> Instances:          # with scores
-    "The objects in a picture, at the size of the picture."
-    was_training = model.training
-    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(to_input(image, model)))
-    model.train(was_training)
-    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
-
-# %% ../nbs/20_learner.ipynb #dac39cd9
-class Stages(Callback):
-    "Which groups of parameters learn, and how fast, by epoch."
-    def __init__(self, *stages): self.stages = stages   # (epochs, groups that stand still, learning rate); for `fit`, not for a cycle
-    def before_train(self):
-        epoch = self.epoch
-        for n, frozen, lr in self.stages:
-            if epoch < n: break
-            epoch -= n
-        self.opt.freeze_to(frozen)
-        self.opt.set_hypers(lr=lr)
-
-    def after_fit(self):
-        if self.opt: self.opt.unfreeze()
-
-
-def heads_first(
-    epochs: int,    # 4 or more
-    lr=1e-3,        # of the first two stages
-) -> Stages:
-    "A quarter of the time pyramid and heads, half of it with C4 and C5, a quarter everything at a tenth of the rate."
-    quarter = max(1, epochs // 4)
-    return Stages((quarter, 2, lr), (epochs - 2 * quarter, 1, lr), (quarter, 0, lr / 10))
-
-
-class FrozenNorm(Callback):
-    "Batch norm with the means and variances that it has."
-    order = -9   # after the model was put in training mode
-    def before_train(self):
-        for m in get_model(self.model).modules():
-            if isinstance(m, bn_types): m.eval()
-
-
-class PredictionPicture(Callback):
-    "Some images of the validation set with what is found in them, as `path/epoch_000.png`."
-    order = 56
-    def __init__(self,
-        path,          # folder
-        n=4,           # images
-        every=1,       # epochs
-        min_score=.5,  # less sure than this is not shown
-    ):
-        self.folder, self.n, self.every, self.min_score = Path(path), n, every, min_score
-
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
-    def after_epoch(self):
-        if (self.epoch + 1) % self.every: return
-        items = self.dls.valid_ds.items
-        fig = Figure(figsize=(2 * self.n, 2), dpi=80, layout='constrained')
-        for item, ax in zip(items[::max(1, len(items) // self.n)], fig.subplots(1, self.n, squeeze=False)[0]):
-            sample = item.dataset[item.index]
-            show_instances(sample.image, predict_instances(get_model(self.model), sample.image, self.min_score), ax, item.dataset.classes)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fig.savefig(self.folder / f'epoch_{self.epoch:03}.png')
-
-# %% ../nbs/20_learner.ipynb #c4a1e3da
-def diagram_boxes(
-    model: MaskRCNN,
-) -> dict[str, list[nn.Module]]:   # name of the box: its modules
-    "The boxes of the diagram that learn, in the order of computation."
-    return dict(resnet=[model.backbone.body], fpn=[model.backbone.fpn], rpn_head=[model.rpn.head],
-                box_head=[model.box_head, model.box_predictor], mask_head=[model.mask_head, model.mask_predictor])
