@@ -28,7 +28,7 @@ class BoxHead(nn.Module):
         x = F.relu(self.fc6(roi_features.flatten(2)))   # (B, R, hidden)
         return F.relu(self.fc7(x))                      # (B, R, hidden)
 
-
+# %% ../nbs/14_box_head.ipynb #8d39b7c7
 class BoxPredictor(nn.Module):
     "Class scores, and deltas for every class (Fast R-CNN, section 2)."
     def __init__(self,

@@ -19,7 +19,7 @@ def of_class(
     index = labels.clamp(min=0).reshape(*labels.shape, *[1] * (values.ndim - labels.ndim))
     return torch.take_along_dim(values, index, labels.ndim).squeeze(labels.ndim)
 
-
+# %% ../nbs/15_box_loss.ipynb #7546c791
 def box_loss(
     class_logits: Tensor,   # (B, R, K)
     box_deltas: Tensor,     # (B, R, K, 4)

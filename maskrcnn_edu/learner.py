@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'turn', 'resize', 'stretch', 'enlarged', 'replace_size', 'window',
-           'Stretch', 'FlipTurn', 'Recolour', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown', 'ToSlots', 'to_slots',
-           'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names', 'instance_block', 'colour',
-           'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each',
-           'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader', 'split_model',
-           'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
+           'Stretch', 'FlipTurn', 'Recolour', 'place', 'ZoomWhole', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown',
+           'ToSlots', 'to_slots', 'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names',
+           'instance_block', 'colour', 'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect',
+           'loss_of_each', 'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader',
+           'split_model', 'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
            'LossInterpretation', 'to_input', 'predict_instances', 'Stages', 'heads_first', 'PredictionPicture',
            'diagram_boxes', 'EMA', 'FrozenNorm', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic',
            'find_state', 'load_state']
 
 # %% ../nbs/20_learner.ipynb #b24a1fb3
-import os, random
+import math, os, random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,40 @@ class Recolour(ItemTransform):
     def encodes(self, pair):
         image = pair[0][..., np.random.permutation(3)]
         return np.ascontiguousarray(255 - image if random.random() < 0.5 else image), pair[1]
+
+
+def place(
+    low, high,   # what must be inside, pixels along one side of the image
+    side: int,   # of the window, pixels
+    n: int,      # of the image, pixels
+) -> int | None:
+    "Where a window begins that cuts nothing; it may leave the image only where nothing touches the border."
+    least = 0 if low <= 1 else -n
+    most = n - side if high >= n - 1 else 2 * n - side
+    first, last = max(least, math.ceil(high) - side), min(math.floor(low), most)
+    return random.randint(first, last) if first <= last else None
+
+
+class ZoomWhole(ItemTransform):
+    "Enlarged or reduced and moved, with no object cut that was whole; outside of the image its border goes on."
+    split_idx = 0
+    def __init__(self,
+        scale=(0.8, 1.25),   # enlargement, least and most
+    ):
+        super().__init__()
+        self.scale = scale
+
+    def encodes(self, pair):
+        image, instances = pair
+        h, w = instances.size
+        zoom = np.exp(random.uniform(*np.log(self.scale)))
+        boxes = instances.boxes if len(instances) else np.array([[w / 2, h / 2] * 2])
+        (left, top), (right, bottom) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+        height, width = round(h / zoom), round(w / zoom)
+        y, x = place(top, bottom, height, h), place(left, right, width, w)
+        if y is None or x is None: return pair
+        pixels = np.pad(image, [(h, h), (w, w), (0, 0)], mode='edge')[y + h:y + h + height, x + w:x + w + width]
+        return resize(np.ascontiguousarray(pixels), instances.window(y, x, height, width), (h, w))
 
 
 class ScaleCrop(ItemTransform):

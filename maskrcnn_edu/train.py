@@ -6,8 +6,8 @@
 __all__ = ['ADAMW', 'SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'Recipe', 'coco_recipe', 'run_folder', 'SaveWeights',
            'read_all', 'pick_device', 'fit', 'predict_all', 'evaluate', 'surely', 'results_figure', 'finish',
            'train_shapes', 'train_nuclei', 'train_coco', 'with_epochs', 'sentences', 'What', 'train', 'score_line',
-           'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'unique_names', 'write_prediction',
-           'to_coco']
+           'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'trace_command', 'unique_names',
+           'write_prediction', 'to_coco']
 
 # %% ../nbs/24_train.ipynb #026a57b0
 import warnings
@@ -38,10 +38,11 @@ from .checkpoints import WeightsError, load_weights, save_weights
 from .core import show_instances
 from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
-from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances
+from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Recipe:
 
 ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # all tensors in one pass, a fifth of the time
 
-SHAPES_RECIPE = Recipe(SHAPES, (FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), epochs=16, repeat=2, ap_every=4)   # triangles stand upright
+SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
 
 NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((8,), (16,), (32,), (64,), (128,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
                  rpn_sample=256, n_rois=96, positive_fraction=0.25, n_masks=24, box_beta=1 / 9, aligned=False, box_passes=1, n_detections=400)
@@ -351,6 +352,20 @@ def predict(
             write_prediction(out, name, image, found[name], classes)
         write_atomic(out / 'instances.json', json.dumps(to_coco(found, unique_names(images), classes)).encode())
     for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
+
+
+@app.command('trace')
+def trace_command(
+    image: Annotated[Path, typer.Argument(help='a picture of any size')],
+    weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')] = 'shapes',
+    out: Annotated[Path, typer.Option(help='the page to write')] = Path('trace.html'),
+    device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
+):
+    "What every box of the diagram made of a picture, as one page that opens in any browser."
+    with sentences(), redirect_stdout(sys.stderr):
+        model, classes = load_weights(weights, pick_device(device))
+        trace_page(model, to_input(read_image(image), model), out, classes, title=image.name)
+    typer.echo(f'{out}: open it in a browser')
 
 
 def unique_names(paths) -> dict[str, Path]:
