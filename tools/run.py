@@ -14,7 +14,8 @@ def run(path):
     "All cells in a fresh kernel, then clean as nbdev-clean does it."
     nb = nbformat.read(path, as_version=4)
     for c in filter(left_alone, nb.cells): c.metadata['tags'], c.outputs = ['skip-execution'], []
-    NotebookClient(nb, timeout=1800, resources=dict(metadata=dict(path=str(path.parent))), skip_cells_with_tag='skip-execution').execute()
+    NotebookClient(nb, timeout=1800, resources=dict(metadata=dict(path=str(path.parent))), skip_cells_with_tag='skip-execution',
+                   store_widget_state=False, coalesce_streams=True).execute()
     plain = json.loads(nbformat.writes(nb))
     clean_nb(plain)
     path.write_text(json.dumps(plain, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
