@@ -51,7 +51,7 @@ class GradNorms(Callback):
 
     def plot(self, ax=None):
         ax = ax or plt.subplots(figsize=(5, 2.4))[1]
-        for name in self.norms[0]: ax.plot([n[name] for n in self.norms], label=name)
+        for name, style in zip(self.norms[0], ('-', '--', '-.', ':', '-')): ax.plot([n[name] for n in self.norms], style, label=name)
         ax.set(yscale='log', xlabel='step', title='norm of the gradient')
         ax.legend(fontsize=7)
         return ax
@@ -189,7 +189,7 @@ def plot_losses(
     fig, axes = plt.subplots(1, 5, figsize=(15, 2.9), layout='constrained')
     for ax, (k, short) in zip(axes, SHORT.items()):
         train, valid, guess = history[f't_{short}'], history[f'v_{short}'], expected_losses(n_classes).get(k)
-        ax.plot(train, label='train'), ax.plot(valid, label='valid')
+        ax.plot(train, label='train'), ax.plot(valid, '--', label='valid')
         if max(train + valid) > 100 * min(train + valid): ax.set_yscale('log')
         if guess: ax.axhline(guess, color='grey', ls=':', label='guessing')
         ax.set_title(k, fontsize=9)
