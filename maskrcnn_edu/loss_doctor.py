@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['expected_losses', 'first_losses', 'gradient_norms', 'GradNorms', 'SameBatch', 'overfit_batch', 'NaNDoctor',
-           'no_number', 'sick_box', 'first_nan', 'read_curve', 'smoothed', 'read_total', 'plot_losses']
+           'no_number', 'sick_box', 'first_nan', 'read_curve', 'smoothed', 'plot_losses', 'read_total']
 
 # %% ../nbs/20b_loss_doctor.ipynb #5275731b
 import math, textwrap
@@ -138,7 +138,7 @@ def first_nan(
         if not math.isfinite(gradient_norms(model)[name]): return name, 'the gradient'
     return None, None
 
-# %% ../nbs/20b_loss_doctor.ipynb #d82119d2
+# %% ../nbs/20b_loss_doctor.ipynb #f0a52fde
 def read_curve(
     train,            # a loss by epoch
     valid,            # the same in validation
@@ -166,7 +166,26 @@ def smoothed(
     x = np.asarray(x, float)
     return np.convolve(x, np.full(3, 1 / 3), 'valid') if len(x) > 5 else x
 
+# %% ../nbs/20b_loss_doctor.ipynb #d4a5d55d
+def plot_losses(
+    history: dict,       # column: values by epoch, as `losses_of` gives them
+    n_classes: int,      # K
+    title=None,
+):
+    "Every loss in training and validation, what guessing costs, and a sentence."
+    fig, axes = plt.subplots(1, 5, figsize=(15, 2.9), layout='constrained')
+    for ax, (k, short) in zip(axes, SHORT.items()):
+        train, valid, guess = history[f't_{short}'], history[f'v_{short}'], expected_losses(n_classes).get(k)
+        ax.plot(train, label='train'), ax.plot(valid, '--', label='valid')
+        if max(train + valid) > 100 * min(train + valid): ax.set_yscale('log')
+        if guess: ax.axhline(guess, color='grey', ls=':', label='guessing')
+        ax.set_title(k, fontsize=9)
+        ax.set_xlabel('\n'.join(textwrap.wrap(read_curve(train, valid, guess, k == 'loss_box_reg'), 38)), fontsize=7.5)
+    axes[0].legend(fontsize=7)
+    fig.suptitle(title)
+    return fig
 
+# %% ../nbs/20b_loss_doctor.ipynb #0b07922d
 def read_total(
     valid_loss,       # total, by epoch
     ap,               # average precision, by epoch; nan where it was not measured
@@ -178,22 +197,3 @@ def read_total(
     if rises and better: return 'The total rises while AP rises: sure of more, and the few mistakes cost more. AP only asks for the order: believe AP.'
     if rises: return 'The total rises and AP falls: stop earlier, at the best AP.'
     return 'The total and AP agree.'
-
-
-def plot_losses(
-    history: dict,       # column: values by epoch, as `losses_of` gives them
-    n_classes: int,      # K
-    title=None,
-):
-    "Every loss in training and validation, what guessing costs, and a sentence."
-    fig, axes = plt.subplots(1, 5, figsize=(15, 2.9), layout='constrained')
-    for ax, (k, short) in zip(axes, SHORT.items()):
-        train, valid, guess = history[f't_{short}'], history[f'v_{short}'], expected_losses(n_classes).get(k)
-        ax.plot(train, label='train'), ax.plot(valid, label='valid')
-        if max(train + valid) > 100 * min(train + valid): ax.set_yscale('log')
-        if guess: ax.axhline(guess, color='grey', ls=':', label='guessing')
-        ax.set_title(k, fontsize=9)
-        ax.set_xlabel('\n'.join(textwrap.wrap(read_curve(train, valid, guess, k == 'loss_box_reg'), 38)), fontsize=7.5)
-    axes[0].legend(fontsize=7)
-    fig.suptitle(title)
-    return fig
