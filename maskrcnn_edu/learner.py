@@ -221,9 +221,10 @@ class Slots(fastuple):
     "Objects in slots: boxes, labels and masks of the truth; boxes, labels, scores and small masks of a prediction."
     def instances(self,
         size=None,        # (H, W) of the image, pixels; needed for a prediction
+        aligned=False,    # boxes of a prediction are exact, as the model's configuration says
     ) -> Instances:
         "The filled slots as objects."
-        if len(self) == 4: return to_instances(*self, size)
+        if len(self) == 4: return to_instances(*self, size, aligned=aligned)
         boxes, labels, masks = (x.cpu().numpy() for x in self)
         return Instances.from_masks(masks[labels > 0], labels[labels > 0], boxes=boxes[labels > 0])
 
@@ -254,9 +255,10 @@ class ToSlots(ItemTransform):
         slots: int,      # G
         names=None,      # of the classes, 'background' first
         multiple=64,     # the sides of an image alone become multiples of this, pixels
+        aligned=False,   # boxes of a prediction are exact; a Learner sets it as its model has it
     ):
         super().__init__()
-        self.slots, self.names, self.multiple = slots, names, multiple
+        self.slots, self.names, self.multiple, self.aligned = slots, names, multiple, aligned
 
     def encodes(self, pair):
         image, *objects = pair
@@ -266,7 +268,7 @@ class ToSlots(ItemTransform):
 
     def decodes(self, pair):
         image, *slots = pair
-        return image, *(Shown(**vars(s.instances(image.shape[-2:])), names=self.names) for s in slots)
+        return image, *(Shown(**vars(s.instances(image.shape[-2:], self.aligned)), names=self.names) for s in slots)
 
 
 def to_slots(
@@ -568,6 +570,9 @@ def mask_rcnn_learner(
     model, parts = MaskRCNN(config), LossParts()
     if pretrained: load_imagenet(model)
     model = model.to(memory_format=torch.channels_last)   # the order of memory that convolutions like best
+    for dl in dls.loaders:
+        for f in dl.after_item.fs:
+            if isinstance(f, ToSlots): f.aligned = config.aligned   # so that what is shown is pasted as it was learned
     return Learner(dls, model, loss_func=total_loss, splitter=split_model, metrics=[*parts.metrics(), *L(metrics)],
                    cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), ShareBatches(), *L(cbs)], **kwargs)
 

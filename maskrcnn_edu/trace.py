@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from .boxes import box_iou, clip, decode
 from .box_loss import of_class
 from .core import COLOURS, ROLE_COLOURS, show_boxes, show_diagram, show_image, show_instances, show_masks, to_array
+from .data import write_atomic
 from .detections import to_instances
 from .proposals import top_per_level
 from .roi_align import roi_level
@@ -718,7 +719,7 @@ document.addEventListener('keydown', e => {
     document.querySelector('#' + next + ' a[data-box]').focus()
   }
 })
-for (const d of document.querySelectorAll('dialog')) d.addEventListener('close', () => { if (current && d.id === 'panel-' + current) close() })
+for (const d of document.querySelectorAll('dialog')) d.addEventListener('close', () => { if (current && d.id === 'panel-' + current && !d.open) close() })
 """
 
 # %% ../nbs/18b_trace.ipynb #0d2531aa
@@ -737,12 +738,12 @@ def to_html(self: Trace,
     found = dict(sorted(found.items(), key=lambda pair: pair[1]))
     panels = ''.join(panel(self, box, image, lesson, lesson_href(lesson, path.resolve().parent, lessons)) for box, lesson in found.items())
     links = ''.join(f'<a href="#panel-{box}" data-box="{box}">{lesson.replace("_", " ")}</a>' for box, lesson in found.items())
-    path.write_text(f"""<!DOCTYPE html>
+    write_atomic(path, f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1><p>Click a box, or Tab to it and press Enter. Escape closes, the arrow keys go on to the next box.</p>
 <main><div class="wide diagram">{svg}</div><div class="list">{links}</div></main>{panels}<script>{SCRIPT}</script></body></html>
-""", encoding='utf-8')
+""".encode())
     return path
 
 
