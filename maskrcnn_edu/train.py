@@ -392,7 +392,7 @@ def write_prediction(out, name, image, found: Instances, classes):
 def to_coco(found: dict[str, Instances], paths: dict[str, Path], classes) -> dict:
     "What was found as a COCO json."
     images = [dict(id=i, file_name=str(paths[n].name), height=int(f.size[0]), width=int(f.size[1])) for i, (n, f) in enumerate(found.items(), 1)]
-    rows = [dict(image_id=i, category_id=int(l), score=round(float(s), 4), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))], segmentation=rle, area=int(c.sum()), iscrowd=0)
+    rows = [dict(image_id=i, category_id=int(l), score=float(s), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))], segmentation=rle, area=int(c.sum()), iscrowd=0)
             for i, f in enumerate(found.values(), 1) for l, s, b, rle, c in zip(f.labels, f.scores, f.boxes, f.rles(), f.crops)]
     return dict(images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)],
                 categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])
