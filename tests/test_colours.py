@@ -64,7 +64,8 @@ def drawn(code):
         elif isinstance(node.func, ast.Attribute) and node.func.attr == 'plot':
             axes, colour, style = node.func.value, said(['color', 'c'], None), said(['ls', 'linestyle', 'marker'], '-')
             if len(node.args) > 2: style = ast.unparse(node.args[2])
-            if isinstance(words.get('color'), ast.Subscript) and ast.unparse(words['color'].value) == 'ROLE_COLOURS': colour = ast.literal_eval(words['color'].slice)
+            style = next((a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)), style)   # also behind a starred one
+            if isinstance(words.get('color'), ast.Subscript) and ast.unparse(words['color'].value) == 'ROLE_COLOURS' and isinstance(words['color'].slice, ast.Constant): colour = ast.literal_eval(words['color'].slice)
         else: continue
         if colour is not None and style is not None: on.setdefault(ast.unparse(axes), []).append((ROLE_COLOURS.get(colour, colour), style))
     return on
