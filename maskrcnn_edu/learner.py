@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'turn', 'resize', 'stretch', 'enlarged', 'replace_size', 'window',
-           'Stretch', 'FlipTurn', 'Recolour', 'place', 'ZoomWhole', 'ScaleCrop', 'CentreCrop', 'Slots', 'Shown',
-           'ToSlots', 'to_slots', 'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names',
+           'Stretch', 'FlipTurn', 'Recolour', 'place', 'ZoomWhole', 'corner', 'ScaleCrop', 'CentreCrop', 'Slots',
+           'Shown', 'ToSlots', 'to_slots', 'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names',
            'instance_block', 'colour', 'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect',
            'loss_of_each', 'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader',
            'split_model', 'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
@@ -182,20 +182,33 @@ class ZoomWhole(ItemTransform):
         return resize(np.ascontiguousarray(pixels), instances.window(y, x, height, width), (h, w))
 
 
+def corner(
+    n: int,        # side of the image, pixels
+    side: int,     # of the piece
+    centre=None,   # must be inside, pixels
+) -> int:
+    "Where a random piece begins."
+    if centre is None: return random.randint(0, max(0, n - side))
+    return min(max(0, random.randint(int(centre) - side + 1, int(centre))), max(0, n - side))
+
+
 class ScaleCrop(ItemTransform):
     "A random piece of the image, enlarged or reduced to `size`."
     split_idx = 0
     def __init__(self,
         size: int,           # side of the result, pixels
         scale=(0.8, 1.25),   # enlargement, least and most
+        aim=0.,              # share of the pieces that are laid on some object
     ):
         super().__init__()
-        self.size, self.scale = size, scale
+        self.size, self.scale, self.aim = size, scale, aim
 
     def encodes(self, pair):
         image, instances = pair
         side = round(self.size / np.exp(random.uniform(*np.log(self.scale))))
-        y, x = (random.randint(0, max(0, n - side)) for n in instances.size)
+        centres = (instances.boxes[:, 1::-1] + instances.boxes[:, :1:-1]) / 2          # (n, 2) y and x
+        wanted = random.choice(centres) if len(centres) and random.random() < self.aim else (None, None)
+        y, x = (corner(n, side, c) for n, c in zip(instances.size, wanted))
         return resize(*window(image, instances, y, x, side, side), (self.size, self.size))
 
 

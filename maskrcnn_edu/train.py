@@ -41,7 +41,7 @@ from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
-from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .nuclei import Elastic, Intensity, Stain, balanced, dsb_table, find_nuclei, load_nuclei, remove_overlaps
 from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
@@ -64,10 +64,10 @@ ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # a
 
 SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
 
-NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((8,), (16,), (32,), (64,), (128,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
-                 rpn_sample=256, n_rois=96, positive_fraction=0.25, n_masks=24, box_beta=1 / 9, aligned=False, box_passes=1, n_detections=400)
-NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8)), FlipTurn(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
-                       slots=64, bs=4, epochs=10, repeat=2, ap_every=2)
+NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
+                 rpn_sample=256, n_rois=96, n_masks=24, n_detections=400)
+NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8), aim=.6), FlipTurn(), Elastic(), Stain(), Intensity(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
+                       slots=64, bs=4, epochs=24, repeat=3, ap_every=2)
 
 
 def coco_recipe(
@@ -135,15 +135,16 @@ def fit(
     device=None,        # as torch spells it
     resume=False,       # go on with the run in `out`
     pretrained=False,   # start from ImageNet weights, with a ResNet-18
+    pictures=None,      # numbers of the training images of an epoch; each of them `repeat` times if not given
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
     if pretrained: recipe = replace(recipe, config=replace(recipe.config, **RESNET18, width=64))
-    device, bs = pick_device(device), min(recipe.bs, len(train) * recipe.repeat)
+    device, pictures = pick_device(device), list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
     if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
-    dls = instance_dls(train.subset(list(range(len(train))) * recipe.repeat), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, bs, device)
+    dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
     learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes)], metrics=coco.metrics(), path=out, opt_func=ADAMW)
     state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
     if (state['seed'], state['n_epochs']) != (seed, recipe.epochs):
@@ -228,7 +229,8 @@ def train_nuclei(out='runs/nuclei', data=None, epochs=None, recipe=NUCLEI_RECIPE
     path = data or find_nuclei()
     if path is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train (Kaggle, Data Science Bowl 2018).')
     train, valid, kinds = load_nuclei(path)
-    return finish(fit(with_epochs(recipe, epochs), train, valid, out, **kwargs), valid, out, kinds)
+    pictures = balanced(read_all(train, 'training'), kinds, len(train) * recipe.repeat)
+    return finish(fit(with_epochs(recipe, epochs), train, valid, out, pictures=pictures, **kwargs), valid, out, kinds)
 
 
 def train_coco(out='runs/coco', data=None, epochs=None, **kwargs) -> dict:
