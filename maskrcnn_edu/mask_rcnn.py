@@ -67,6 +67,7 @@ class MaskRCNNConfig:
     min_score: float = 0.05             # detections
     nms_iou: float = 0.5
     n_detections: int = 100             # D
+    sure: float = 0.5                   # score from which a find counts where a plain list is wanted: pictures, files, counts
     box_passes: int = 1                 # looks of the box head at prediction; the second starts from what the first found
 
 # %% ../nbs/19_mask_rcnn.ipynb #7be6dce0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_nuclei', 'open_zip', 'Files', 'NucleiImage', 'group', 'read_mask', 'NucleiReader', 'read_nuclei', 'read_split',
-           'load_nuclei', 'Elastic', 'rubber', 'bent', 'bent_instances', 'is_grey', 'Stain', 'Intensity', 'balanced',
+           'load_nuclei', 'rubber', 'bent', 'bent_instances', 'Elastic', 'is_grey', 'Stain', 'Intensity', 'balanced',
            'remove_overlaps', 'pairs', 'rle_encode', 'rle_decode', 'submission_csv', 'dsb_table']
 
 # %% ../nbs/23_nuclei.ipynb #a810b416
@@ -165,25 +165,6 @@ def load_nuclei(
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])), {i: 'unknown' for i in whole.names}
 
-# %% ../nbs/23_nuclei.ipynb #d12021c8
-class Elastic(ItemTransform):
-    "The picture turned and bent like rubber, and its masks with it; beyond its border it is mirrored (U-Net, section 3.1)."
-    split_idx = 0
-    def __init__(self,
-        angle=45.,   # degrees, at most to either side
-        bend=6.,     # pixels, standard deviation of the shift of a knot
-        knots=5,     # along each side
-        p=.5,        # share of the pictures that are bent
-    ):
-        super().__init__()
-        self.angle, self.bend, self.knots, self.p = angle, bend, knots, p
-
-    def encodes(self, pair):
-        image, instances = pair
-        if random.random() >= self.p: return pair
-        grid = rubber(instances.size, math.radians(random.uniform(-self.angle, self.angle)), self.bend, self.knots)
-        return bent(torch.tensor(image).permute(2, 0, 1), grid).round().byte().permute(1, 2, 0).numpy(), bent_instances(instances, grid)
-
 # %% ../nbs/23_nuclei.ipynb #e5e32417
 def rubber(
     size,         # (H, W) pixels
@@ -215,6 +196,25 @@ def bent_instances(
     masks = bent(torch.tensor(instances.masks()), grid).numpy() > .5
     seen = masks.any((1, 2))
     return Instances.from_masks(masks[seen], instances.labels[seen])
+
+# %% ../nbs/23_nuclei.ipynb #d12021c8
+class Elastic(ItemTransform):
+    "The picture turned and bent like rubber, and its masks with it; beyond its border it is mirrored (U-Net, section 3.1)."
+    split_idx = 0
+    def __init__(self,
+        angle=45.,   # degrees, at most to either side
+        bend=6.,     # pixels, standard deviation of the shift of a knot
+        knots=5,     # along each side
+        p=.5,        # share of the pictures that are bent
+    ):
+        super().__init__()
+        self.angle, self.bend, self.knots, self.p = angle, bend, knots, p
+
+    def encodes(self, pair):
+        image, instances = pair
+        if random.random() >= self.p: return pair
+        grid = rubber(instances.size, math.radians(random.uniform(-self.angle, self.angle)), self.bend, self.knots)
+        return bent(torch.tensor(image).permute(2, 0, 1), grid).round().byte().permute(1, 2, 0).numpy(), bent_instances(instances, grid)
 
 # %% ../nbs/23_nuclei.ipynb #c008ba33
 def is_grey(

@@ -171,7 +171,7 @@ def evaluate(
     found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
-    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found))), kinds) if kinds else {})
+    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.sure))), kinds) if kinds else {})
 
 
 def surely(
@@ -186,14 +186,14 @@ def results_figure(
     model: MaskRCNN,
     dataset: InstanceDataset,
     n=6,                       # images
-    min_score=0.5,             # less sure than this is not shown
+    min_score=None,            # less sure than this is not shown; what the model says if not given
 ) -> Figure:
     "Image, ground truth, and prediction with class and score."
     n = min(n, len(dataset))
     fig, axes = plt.subplots(n, 3, figsize=(9, 3 * n), squeeze=False)
     for i, row in zip(np.linspace(0, len(dataset) - 1, n).astype(int), axes):
         s = dataset[i]
-        found = predict_instances(model, s.image, min_score)
+        found = predict_instances(model, s.image, model.config.sure if min_score is None else min_score)
         show_instances(s.image, s.instances[[]], row[0], title=s.name[:24])
         show_instances(s.image, s.instances, row[1], dataset.classes, title='ground truth', captions=12)
         show_instances(s.image, found, row[2], dataset.classes, title='prediction', captions=12)
@@ -340,7 +340,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help='pictures of any size')],
     weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')],
     out: Annotated[Path, typer.Option(help='folder for the results')] = Path('predictions'),
-    min_score: Annotated[float, typer.Option(min=0, max=1, help='less sure than this is left out')] = 0.5,
+    min_score: Annotated[float | None, typer.Option(min=0, max=1, help='less sure than this is left out  [default: what the model says]')] = None,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
     "Objects in pictures: NAME_overlay.png, NAME_labels.png (16 bit, 0 = background), and instances.json (COCO) for all."
@@ -350,7 +350,7 @@ def predict(
         run_folder(out, resume=True)
         found = {}
         for name, image in progress_bar(pictures.items(), total=len(pictures), leave=False):
-            found[name] = remove_overlaps(predict_instances(model, image, min_score), min_area=1)
+            found[name] = remove_overlaps(predict_instances(model, image, model.config.sure if min_score is None else min_score), min_area=1)
             write_prediction(out, name, image, found[name], classes)
         write_atomic(out / 'instances.json', json.dumps(to_coco(found, unique_names(images), classes)).encode())
     for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
