@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'turn', 'resize_pixels', 'resize', 'stretch', 'enlarged', 'replace_size',
-           'window', 'Stretch', 'FlipTurn', 'Recolour', 'place', 'ZoomWhole', 'ScaleCrop', 'CentreCrop', 'Slots',
-           'Shown', 'ToSlots', 'to_slots', 'fill_up', 'Item', 'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names',
-           'instance_block', 'colour', 'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect',
-           'loss_of_each', 'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader',
-           'split_model', 'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
-           'LossInterpretation', 'check_channels', 'measure_channels', 'to_input', 'predict_instances', 'Stages',
-           'heads_first', 'PredictionPicture', 'diagram_boxes', 'EMA', 'FrozenNorm', 'raw_model', 'SaveState',
-           'history_csv', 'plain', 'save_atomic', 'find_state', 'load_state']
+           'window', 'Stretch', 'FlipTurn', 'Recolour', 'place', 'ZoomWhole', 'ScaleCrop', 'CentreCrop',
+           'check_channels', 'measure_channels', 'Slots', 'Shown', 'ToSlots', 'to_slots', 'fill_up', 'Item',
+           'ReadImage', 'ReadInstances', 'InstanceDL', 'batch_names', 'instance_block', 'colour', 'instance_dls',
+           'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect', 'loss_of_each', 'LossParts', 'losses_of',
+           'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader', 'split_model', 'load_imagenet',
+           'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses', 'LossInterpretation', 'to_input',
+           'predict_instances', 'Stages', 'heads_first', 'PredictionPicture', 'diagram_boxes', 'EMA', 'FrozenNorm',
+           'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic', 'find_state', 'load_state']
 
 # %% ../nbs/20_learner.ipynb #b24a1fb3
 import math, os, random
@@ -225,6 +225,31 @@ class CentreCrop(ItemTransform):
         side = round(self.size / self.enlarge)
         y, x = (max(0, n - side) // 2 for n in instances.size)
         return resize(*window(image, instances, y, x, side, side), (self.size, self.size))
+
+# %% ../nbs/20_learner.ipynb #45b462ab
+def check_channels(
+    image: np.ndarray,        # (H, W, C) uint8
+    config: MaskRCNNConfig,   # of the model
+    name='image',             # for the message
+):
+    "A picture must have the channels of the model."
+    n, c = image.shape[-1], config.in_channels
+    if n == c: return
+    raise DataError(f'{name}: the picture has {n} channels but the model was trained with {c}: give pictures of the same channels in the same order, or train a model whose mean and std have a number for each channel.')
+
+
+def measure_channels(
+    dataset: InstanceDataset,
+) -> dict[str, tuple]:          # mean, std: a number for each channel, in 0..1
+    "Mean and deviation of every channel over all pictures, for the configuration; of three colours, those of ImageNet."
+    if (n := dataset[0].image.shape[-1]) == 3: return dict(mean=MaskRCNNConfig.mean, std=MaskRCNNConfig.std)
+    total, square, pixels = np.zeros(n), np.zeros(n), 0
+    for s in dataset:
+        if s.image.shape[-1] != n: raise DataError(f'{s.name}: the picture has {s.image.shape[-1]} channels but {dataset.names[0]} has {n}; all pictures need the same.')
+        x = s.image.reshape(-1, n).astype(np.float64) / 255                       # (H W, C)
+        total, square, pixels = total + x.sum(0), square + (x ** 2).sum(0), pixels + len(x)
+    std = np.sqrt(np.maximum(square / pixels - (total / pixels) ** 2, 0))
+    return dict(mean=tuple((total / pixels).round(4).tolist()), std=tuple(std.clip(.01).round(4).tolist()))
 
 # %% ../nbs/20_learner.ipynb #b8f74ab0
 class Slots(fastuple):
@@ -622,31 +647,6 @@ class LossInterpretation(Interpretation):
     def __getitem__(self, idxs):
         images, found, truth, decoded, losses = super().__getitem__(idxs)
         return images, found, (truth,), decoded, losses
-
-# %% ../nbs/20_learner.ipynb #45b462ab
-def check_channels(
-    image: np.ndarray,        # (H, W, C) uint8
-    config: MaskRCNNConfig,   # of the model
-    name='image',             # for the message
-):
-    "A picture must have the channels of the model."
-    n, c = image.shape[-1], config.in_channels
-    if n == c: return
-    raise DataError(f'{name}: the picture has {n} channels but the model was trained with {c}: give pictures of the same channels in the same order, or train a model whose mean and std have a number for each channel.')
-
-
-def measure_channels(
-    dataset: InstanceDataset,
-) -> dict[str, tuple]:          # mean, std: a number for each channel, in 0..1
-    "Mean and deviation of every channel over all pictures, for the configuration; of three colours, those of ImageNet."
-    if (n := dataset[0].image.shape[-1]) == 3: return dict(mean=MaskRCNNConfig.mean, std=MaskRCNNConfig.std)
-    total, square, pixels = np.zeros(n), np.zeros(n), 0
-    for s in dataset:
-        if s.image.shape[-1] != n: raise DataError(f'{s.name}: the picture has {s.image.shape[-1]} channels but {dataset.names[0]} has {n}; all pictures need the same.')
-        x = s.image.reshape(-1, n).astype(np.float64) / 255                       # (H W, C)
-        total, square, pixels = total + x.sum(0), square + (x ** 2).sum(0), pixels + len(x)
-    std = np.sqrt(np.maximum(square / pixels - (total / pixels) ** 2, 0))
-    return dict(mean=tuple((total / pixels).round(4).tolist()), std=tuple(std.clip(.01).round(4).tolist()))
 
 # %% ../nbs/20_learner.ipynb #b8521f9f
 def to_input(

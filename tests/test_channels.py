@@ -14,7 +14,8 @@ from torchvision.models import resnet18
 from maskrcnn_edu import learner
 from maskrcnn_edu.checkpoints import load_weights, save_weights
 from maskrcnn_edu.core import composite, set_seed, show_image, show_instances
-from maskrcnn_edu.data import CLASSES, DataError, image_size, load_splits, make_shapes, read_coco, read_image, to_uint8, write_coco
+from maskrcnn_edu.data import CLASSES, DataError, image_size, load_splits, make_shapes, read_coco, read_image, shapes_folder, to_uint8, write_coco
+from maskrcnn_edu.evaluate import CocoEval
 from maskrcnn_edu.learner import (FlipTurn, Recolour, ScaleCrop, Stretch, CentreCrop, ZoomWhole, check_channels, colour, enlarged, fill_up, load_imagenet,
     measure_channels, predict_instances, resize, stretch, to_input)
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, grad_cam
@@ -108,6 +109,22 @@ def test_hot_pixels_do_not_darken_a_picture(hot):
     pixels.flat[where := rng.choice(pixels.size, hot, replace=False)] = 65535
     changed = np.delete(abs(to_uint8(pixels).astype(int) - clean).ravel(), where)
     assert changed.max() <= 1 and (to_uint8(pixels).flat[where] == 255).all()
+
+def test_what_a_hot_pixel_costs():
+    "The shapes that ship, exposed in 16 bits with one hot pixel: mask AP with the maximum as white, with percentiles, and with percentiles in floats."
+    model, _ = load_weights('shapes')
+    valid, ap = load_splits(shapes_folder())[1], {}
+    by_max = lambda x: (x * (255 / x.max())).round().astype(np.uint8)
+    floats = lambda x: (((x - np.percentile(x, .1)) / np.ptp(np.percentile(x, (.1, 99.9)))).clip(0, 1) * 255).astype(np.float32)
+    for name, scale in dict(maximum=by_max, percentiles=to_uint8, floats=floats).items():
+        coco = CocoEval(CLASSES, model.config.n_detections)
+        for i in range(12):
+            pixels = (100 + np.random.default_rng(i).poisson(valid[i].image / 255 * 4000)).astype(np.uint16)
+            pixels[5, 5] = 65535
+            coco.add(valid[i].instances, predict_instances(model, scale(pixels)))
+        ap[name] = coco.compute()['mask_ap']
+    print({k: f'{v:.3f}' for k, v in ap.items()})
+    assert ap['maximum'] < ap['percentiles'] - .1 and abs(ap['percentiles'] - ap['floats']) < .02
 
 def test_small_bright_objects_stay_white():
     pixels = np.full((300, 300), 100, np.uint16)
