@@ -420,7 +420,7 @@ def show_pairs(
 ):
     "Each image with its objects."
     for (image, objects, *_), ax, title in zip(samples, axes, titles or [None] * len(axes)):
-        show_image(image, ax, title)
+        show_image(image if image.is_floating_point() else image.byte(), ax, title)   # fastai decodes to whole numbers
         objects.show(ctx=ax, **kwargs)
     return axes
 

@@ -8,6 +8,7 @@ import tifffile
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from torchvision.models import resnet18
@@ -347,8 +348,19 @@ def test_pictures_of_five_channels(run, tmp_path):
     first = show_image(torch.tensor(s.image).permute(2, 0, 1) / 255).images[0].get_array()
     assert np.allclose(first * 255, composite(s.image), atol=.51)
     learn = learner.mask_rcnn_learner(run.learn.dls, run.config)
-    with learn.no_bar(): learn.show_results(max_n=1, shuffle=False)
-    learn.dls.show_batch(max_n=1)
+    for show in (lambda: learn.show_results(max_n=1, shuffle=False), lambda: learn.dls.show_batch(max_n=1)):
+        plt.close('all')
+        with learn.no_bar(): show()
+        picture = plt.gcf().axes[0].images[0].get_array()
+        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and 0 < picture.mean() < 250
+
+def test_show_batch_of_colours():
+    "What is shown are the pixels of the image."
+    train, valid = load_splits(shapes_folder())
+    dls = learner.instance_dls(train.subset(range(2)), valid.subset(range(2)), item_tfms=(), bs=2, device='cpu')
+    plt.close('all')
+    dls.valid.show_batch(max_n=1)
+    assert (plt.gcf().axes[0].images[0].get_array() == valid[0].image).all()
 
 @quick
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(8, 12), st.integers(8, 12), st.sampled_from([2, 4, 5, 7]))))
