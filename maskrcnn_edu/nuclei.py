@@ -83,7 +83,9 @@ def read_mask(
 ): # grey PIL image
     "A mask file; most are grey and need no work, and only the pixels of the nucleus are ever unpacked"
     try:
-        with Image.open(file) as im: return im.copy() if im.mode == 'L' else Image.fromarray(rgb(im).max(2))
+        with Image.open(file) as im:
+            if im.mode == 'L': return im.copy()
+            return Image.fromarray((np.asarray(im) > 0).astype(np.uint8) * 255 if im.mode[0] in 'IF' else rgb(im).max(2))
     except IMAGE_ERRORS as e: raise DataError(f'{shown}: the mask cannot be read ({e}); replace it or remove it') from None
 
 @dataclass

@@ -38,7 +38,7 @@ from .checkpoints import WeightsError, load_weights, save_weights
 from .core import show_instances
 from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
-from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances, to_input
+from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels, colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import Elastic, Intensity, Stain, balanced, dsb_table, find_nuclei, load_nuclei, remove_overlaps
@@ -142,6 +142,7 @@ def fit(
     device, pictures = pick_device(device), list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
     if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
+    for s in (*train, *valid): check_channels(s.image, recipe.config, s.name)
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
     dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
@@ -168,6 +169,7 @@ def evaluate(
     kinds=None,                # nuclei: kind of microscopy by name of the image
 ) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
     "Scores of a model on a data set."
+    for s in dataset: check_channels(s.image, model.config, s.name)
     found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
@@ -366,7 +368,8 @@ def trace_command(
     "What every box of the diagram made of a picture, as one page that opens in any browser."
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
-        trace_page(model, to_input(read_image(image), model), out, classes, title=image.name)
+        check_channels(pixels := read_image(image), model.config, image)
+        trace_page(model, to_input(pixels, model), out, classes, title=image.name)
     typer.echo(f'{out}: open it in a browser')
 
 
