@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'LENGTHS', 'BRIGHTNESS', 'PALETTE', 'FILMS', 'PICTURES', 'SMALL', 'measure', 'measurements', 'check_fit',
-           'write_csv', 'write_labels', 'read_labels', 'rings', 'walk', 'geometry', 'feature', 'write_geojson', 'fill',
-           'outlines_of', 'read_geojson', 'class_numbers', 'unique_names', 'to_coco', 'from_runs', 'from_coco',
-           'coco_instances', 'read_submission', 'neighbours', 'colour_numbers', 'overlay', 'write_names',
-           'colour_splash', 'check_film', 'read_frames', 'frame_rate', 'frame_writer', 'process_video', 'Format',
-           'write_results', 'write_png', 'write_together']
+           'write_csv', 'write_labels', 'read_labels', 'rings', 'walk', 'short', 'geometry', 'feature', 'write_geojson',
+           'fill', 'outlines_of', 'about', 'load_features', 'read_geojson', 'unique_names', 'to_coco', 'from_runs',
+           'from_coco', 'coco_instances', 'read_submission', 'neighbours', 'colour_numbers', 'overlay', 'check_picture',
+           'write_names', 'colour_splash', 'check_film', 'read_frames', 'frame_rate', 'write_png', 'frame_writer',
+           'process_video', 'Format', 'read_pixels', 'write_results', 'write_together']
 
-# %% ../nbs/23c_results.ipynb #b5d07440
+# %% ../nbs/23c_results.ipynb #813074cb
 import importlib.util, io, itertools, json, os
 from contextlib import contextmanager
 from enum import Enum
@@ -25,10 +25,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion, label
 from skimage.measure import regionprops_table
 
-from .data import DataError, Instances, by_id, coco_rle, crop_boxes, load_json, png_bytes, read_image, rgb, tight, unpack_counts, write_atomic
+from .data import DataError, Instances, by_id, coco_rle, crop_boxes, four_numbers, load_json, read_image, rgb, tight, unpack_counts, write_atomic
 from .nuclei import rle_decode, submission_csv
 
-# %% ../nbs/23c_results.ipynb #100bd176
+# %% ../nbs/23c_results.ipynb #1f4774a7
 SHAPE = {'area': 'area', 'centroid-0': 'centroid_y', 'centroid-1': 'centroid_x', 'bbox-0': 'y1', 'bbox-1': 'x1', 'bbox-2': 'y2', 'bbox-3': 'x2',
     'axis_major_length': 'major_axis', 'axis_minor_length': 'minor_axis', 'eccentricity': 'eccentricity', 'solidity': 'solidity', 'perimeter': 'perimeter'}
 LENGTHS = 'centroid_y', 'centroid_x', 'major_axis', 'minor_axis', 'perimeter'
@@ -46,7 +46,7 @@ def measure(
     row = {k: v[0] for k, v in regionprops_table(crop.astype(np.uint8), image[y:y + h, x:x + w], names).items()}
     return row | {k: row[k] + o for k, o in zip(('centroid-0', 'centroid-1', 'bbox-0', 'bbox-1', 'bbox-2', 'bbox-3'), (y, x) * 3)}
 
-# %% ../nbs/23c_results.ipynb #faf8b217
+# %% ../nbs/23c_results.ipynb #3c387815
 def measurements(
     image, # (H,W) or (H,W,C), any kind of number
     instances, # Instances
@@ -72,7 +72,7 @@ def check_fit(image, instances):
     if tuple(np.shape(image)[:2]) != tuple(instances.size):
         raise DataError(f'the image is {np.shape(image)[0]}x{np.shape(image)[1]} pixels but the objects are of one of {instances.size[0]}x{instances.size[1]}; give the image that they were found in')
 
-# %% ../nbs/23c_results.ipynb #29f8c6ef
+# %% ../nbs/23c_results.ipynb #6a7cc16e
 def write_csv(
     path, # to write
     table, # DataFrame
@@ -81,7 +81,7 @@ def write_csv(
     write_atomic(path, table.to_csv(index=False, float_format='%.7g').encode())
     return Path(path)
 
-# %% ../nbs/23c_results.ipynb #93873c8c
+# %% ../nbs/23c_results.ipynb #fcac0a4c
 def write_labels(
     path, # .tif to write
     instances, # Instances
@@ -104,7 +104,7 @@ def read_labels(
         raise DataError(f'{path}: a label map has one channel of whole numbers, 0 for the ground, but this has shape {found.shape} and type {found.dtype}; export the numbers, not a coloured picture')
     return Instances.from_label_map(found)
 
-# %% ../nbs/23c_results.ipynb #14442f37
+# %% ../nbs/23c_results.ipynb #2b1edfce
 def rings(
     piece, # (h,w) bool, all of it joined by edges
 ): # list of (n+1,2) int, x and y, closed; the outer ring first, then holes
@@ -133,8 +133,10 @@ def walk(
         if ring: out.append(points[ring + ring[:1]])
     return out
 
-# %% ../nbs/23c_results.ipynb #db6fbdb4
+# %% ../nbs/23c_results.ipynb #cb8e80c0
 PALETTE = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8)
+
+def short(x): return float(str(x))  # 0.9, where float(np.float32(.9)) is 0.8999999761581421
 
 def geometry(
     crop, # (h,w) bool
@@ -153,7 +155,7 @@ def feature(
 ): # dict
     "One object as GeoJSON, with what QuPath and others want to know of it"
     name, area = classes[instances.labels[i - 1]], int(instances.crops[i - 1].sum())
-    score = {} if instances.scores is None else dict(score=float(str(instances.scores[i - 1])))
+    score = {} if instances.scores is None else dict(score=short(instances.scores[i - 1]))
     colour = PALETTE[(instances.labels[i - 1] - 1) % len(PALETTE)].tolist()
     return dict(type='Feature', geometry=geometry(instances.crops[i - 1], instances.origins[i - 1]), properties=dict(objectType=kind, name=str(i), classification=dict(name=name, color=colour),
         measurements=score | dict(area=area), id=i, **{'class': name}, **score, area=area))
@@ -169,35 +171,57 @@ def write_geojson(
     write_atomic(path, json.dumps(dict(type='FeatureCollection', features=features), separators=(',', ':')).encode())
     return Path(path)
 
-# %% ../nbs/23c_results.ipynb #3c6cb6fe
+# %% ../nbs/23c_results.ipynb #79414870
 def fill(
     outlines, # list of (n,2) float: x and y of outer rings and holes, in any order
+    size, # (H,W) of the image; what lies outside is cut off
 ): # (h,w) bool, its y, its x
     "The pixels whose centres lie inside: an odd number of edges to their left"
     x1, y1, x2, y2 = np.concatenate([np.hstack([r, np.roll(r, -1, 0)]) for r in outlines]).T  # (e,) each
-    (left, top), (right, bottom) = (np.floor([x1.min(), y1.min()]).astype(int), np.ceil([x1.max(), y1.max()]).astype(int))
-    first = np.ceil(np.minimum(y1, y2) - .5).astype(int)
-    n = np.ceil(np.maximum(y1, y2) - .5).astype(int) - first  # rows of centres that an edge crosses
+    left, top = np.floor(np.clip([x1.min(), y1.min()], 0, size[::-1])).astype(int)
+    right, bottom = np.ceil(np.clip([x1.max(), y1.max()], 0, size[::-1])).astype(int)
+    first, last = (np.ceil(f(y1, y2) - .5).clip(top, bottom).astype(int) for f in (np.minimum, np.maximum))
+    n = last - first  # rows of centres that an edge crosses
     edge = np.repeat(np.arange(len(n)), n)
     row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + first[edge]
     x = x1[edge] + (row + .5 - y1[edge]) * ((x2 - x1)[edge] / (y2 - y1)[edge])
     crossed = np.zeros((bottom - top, right - left + 1), int)
-    np.add.at(crossed, (row - top, np.ceil(x - .5).astype(int) - left), 1)
+    np.add.at(crossed, (row - top, np.ceil(x - .5).clip(left, right).astype(int) - left), 1)
     return crossed.cumsum(1)[:, :-1] % 2 == 1, top, left
 
-# %% ../nbs/23c_results.ipynb #2a1b4c31
+# %% ../nbs/23c_results.ipynb #5db01ca9
 def outlines_of(
     f, # feature
     where, # for messages
 ): # list of (n,2) float
     "All rings of a feature"
     shape = f.get('geometry') if isinstance(f, dict) else None
-    kind, coordinates = (shape.get('type'), shape.get('coordinates')) if isinstance(shape, dict) else (None, None)
-    if kind not in ('Polygon', 'MultiPolygon'): raise DataError(f'{where} is a {kind or "thing without geometry"}; only Polygon and MultiPolygon have pixels, take it out')
-    try: out = [np.asarray(r, float)[:, :2] for p in ([coordinates] if kind == 'Polygon' else coordinates) for r in p]
+    kind, parts = (shape.get('type'), shape.get('coordinates')) if isinstance(shape, dict) else (None, None)
+    if kind not in ('Polygon', 'MultiPolygon'): raise DataError(f'{where} is a {kind or "feature without geometry"}; only Polygon and MultiPolygon cover pixels, take it out')
+    try: out = [np.asarray(r, float)[:, :2] for p in ([parts] if kind == 'Polygon' else parts) for r in p]
     except (TypeError, ValueError, IndexError): out = []
-    if not out or not all(len(r) > 2 and np.isfinite(r).all() and abs(r).max() < 1e6 for r in out): raise DataError(f'{where} has coordinates that are no rings of x and y in pixels; export it again')
+    if not out or not all(len(r) > 2 and abs(r).max() < 1e9 for r in out): raise DataError(f'{where} has coordinates that are no rings of x and y in pixels; export it again')
     return out
+
+def about(
+    f, # feature
+): # name of the class or None, score or None
+    "What a feature says of itself, in our words or QuPath's"
+    as_dict = lambda x: x if isinstance(x, dict) else {}
+    p = as_dict(f.get('properties'))
+    return as_dict(p.get('classification')).get('name', p.get('class')), p.get('score', as_dict(p.get('measurements')).get('score'))
+
+# %% ../nbs/23c_results.ipynb #acefc38c
+def load_features(
+    path, # of the file
+): # list of features
+    "A GeoJSON, its outline checked"
+    try: found = json.loads(Path(path).read_bytes())
+    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
+    except (ValueError, OSError) as e: raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
+    features = found.get('features') if isinstance(found, dict) else found
+    if not isinstance(features, list): raise DataError(f'{path}: this is no GeoJSON, which has a list of features; export it again')
+    return features
 
 def read_geojson(
     path, # of the file
@@ -205,27 +229,17 @@ def read_geojson(
     classes=None, # names, 'background' first; without them all objects are of class 1
 ): # Instances, in the order of the file; what lies outside of the image is cut off
     "Polygons as masks: ours, QuPath's, or others in pixels"
-    try: found = json.loads(Path(path).read_bytes())
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except ValueError as e: raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
-    features = found.get('features') if isinstance(found, dict) else found
-    if not isinstance(features, list): raise DataError(f'{path}: this is no GeoJSON; it has a list of features')
-    cuts = [fill(outlines_of(f, f'{path}: feature {i}')) for i, f in enumerate(features, 1)]
-    about = [f.get('properties') or {} for f in features]
-    scores = [p.get('score', (p.get('measurements') or {}).get('score') if isinstance(p.get('measurements'), dict) else None) for p in about]
+    features = load_features(path)
+    cuts = [fill(outlines_of(f, f'{path}: feature {i}'), size) for i, f in enumerate(features, 1)]
+    names, scores = [about(f)[0] for f in features], [about(f)[1] for f in features]
+    unknown = [n for n in names if classes is not None and n not in classes[1:]]
+    if unknown: raise DataError(f'{path}: an object is of class {unknown[0]}, but the classes are {", ".join(classes[1:])}; rename it or add its class')
+    labels = np.array([1 if classes is None else classes.index(n) for n in names], np.int64)
     crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(-1, 2)
-    scores = np.array(scores, np.float32) if about and None not in scores else None
-    return Instances(tuple(size), crop_boxes(crops, origins), class_numbers(path, about, classes), crops, origins, scores).window(0, 0, *size)
+    scores = np.array(scores, np.float32) if features and None not in scores else None
+    return Instances(tuple(size), crop_boxes(crops, origins), labels, crops, origins, scores).window(0, 0, *size)
 
-def class_numbers(path, about, classes): # (n,) int64
-    "The number of each class, by the name in the properties"
-    if classes is None: return np.ones(len(about), np.int64)
-    names = [(p.get('classification') or {}).get('name', p.get('class')) for p in about]
-    unknown = [n for n in names if n not in classes[1:]]
-    if unknown: raise DataError(f'{path}: an object is of class {unknown[0]!r}, but the classes are {list(classes[1:])}; rename it or give its class too')
-    return np.array([classes.index(n) for n in names], np.int64)
-
-# %% ../nbs/23c_results.ipynb #88eb628a
+# %% ../nbs/23c_results.ipynb #87712211
 def unique_names(
     paths, # of pictures
 ): # dict name -> Path
@@ -244,11 +258,11 @@ def to_coco(
 ): # dict in COCO's layout, with scores
     "What was found as a COCO json"
     images = [dict(id=i, file_name=Path(paths[n]).name, height=int(f.size[0]), width=int(f.size[1])) for i, (n, f) in enumerate(found.items(), 1)]
-    rows = [dict(image_id=i, category_id=int(l), **({} if f.scores is None else dict(score=float(str(f.scores[j])))), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
+    rows = [dict(image_id=i, category_id=int(l), **({} if f.scores is None else dict(score=short(f.scores[j]))), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
             segmentation=rle, area=int(c.sum()), iscrowd=0) for i, f in enumerate(found.values(), 1) for j, (l, b, rle, c) in enumerate(zip(f.labels, f.boxes, f.rles(), f.crops))]
     return dict(images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)], categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])
 
-# %% ../nbs/23c_results.ipynb #797ee6ee
+# %% ../nbs/23c_results.ipynb #a55d71e8
 def from_runs(
     counts, # run lengths down the columns, zeros first
     size, # (H,W)
@@ -266,30 +280,39 @@ def from_runs(
 def from_coco(
     path, # of the json
 ): # dict name -> Instances, names of the classes
-    "What `to_coco` wrote, or any COCO json; the images are not needed"
+    "What `to_coco` wrote, or any COCO json without its crowds; the images are not needed"
     found = load_json(path)
-    rows, kinds = by_id(path, found['images'], 'image', ['file_name', 'height', 'width']), by_id(path, found['categories'], 'category', ['name'])
+    rows = by_id(path, found['images'], 'image', ['file_name', 'height', 'width'])
+    kinds = by_id(path, found['categories'], 'category', ['name'])
     by_id(path, found['annotations'], 'annotation', ['image_id', 'category_id', 'segmentation'])
-    classes, ids, objects = ['background', *(kinds[k]['name'] for k in sorted(kinds))], sorted(kinds), {i: [] for i in rows}
+    objects = {i: [] for i in rows}
     for a in found['annotations']:
         if a['image_id'] not in rows or a['category_id'] not in kinds: raise DataError(f"{path}: annotation {a['id']} is of an image or a category that is not in the lists; add it or remove the annotation")
-        objects[a['image_id']].append(a)
-    return {n: coco_instances(r, objects[r['id']], ids, path) for n, r in zip(unique_names(r['file_name'] for r in rows.values()), rows.values())}, classes
+        if not a.get('iscrowd'): objects[a['image_id']].append(a)
+    names = unique_names(r['file_name'] for r in rows.values())
+    return {n: coco_instances(r, objects[i], sorted(kinds), path) for n, (i, r) in zip(names, rows.items())}, ['background', *(kinds[k]['name'] for k in sorted(kinds))]
 
-def coco_instances(image, annotations, ids, path): # Instances
+def coco_instances(
+    image, # its row in the json
+    annotations, # its rows
+    ids, # of the categories, in order
+    path, # for messages
+): # Instances
     "The objects of one image of a COCO json"
     size, cuts = (image['height'], image['width']), []
     for a in annotations:
         where = f"{path}: annotation {a['id']}"
         try: cuts.append(from_runs(unpack_counts(coco_rle(a['segmentation'], size, where)['counts'].decode()), size))
-        except (ValueError, TypeError, KeyError, AttributeError) as e: raise e if isinstance(e, DataError) else DataError(f'{where}: the mask cannot be decoded ({e}); export it again') from None
-    boxes = [a.get('bbox') or crop_boxes([c], [(y, x)])[0] @ np.array([[1, 0, -1, 0], [0, 1, 0, -1], [0, 0, 1, 0], [0, 0, 0, 1]]) for a, (c, y, x) in zip(annotations, cuts)]  # xywh
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    scores = [a.get('score') for a in annotations]
-    return Instances(size, np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), np.array([ids.index(a['category_id']) + 1 for a in annotations], np.int64),
-        [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(-1, 2), np.array(scores, np.float32) if scores and None not in scores else None)
+        except DataError: raise
+        except (ValueError, TypeError, KeyError, AttributeError) as e: raise DataError(f'{where}: the mask cannot be decoded ({e}); export it again') from None
+    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(-1, 2)
+    boxes, scores = crop_boxes(crops, origins), [a.get('score') for a in annotations]
+    for box, a in zip(boxes, annotations):
+        if four_numbers(a.get('bbox')): box[:] = *a['bbox'][:2], *np.add(a['bbox'][:2], a['bbox'][2:])
+    labels = np.array([ids.index(a['category_id']) + 1 for a in annotations], np.int64)
+    return Instances(size, boxes, labels, crops, origins, np.array(scores, np.float32) if scores and None not in scores else None)
 
-# %% ../nbs/23c_results.ipynb #d556987d
+# %% ../nbs/23c_results.ipynb #f3848262
 def read_submission(
     path, # of the csv
     sizes, # dict name -> (H,W)
@@ -305,7 +328,7 @@ def read_submission(
     crops = {n: ([c for c, _, _ in cut], np.array([o for _, *o in cut], np.int64).reshape(-1, 2)) for n, cut in cuts.items()}
     return {n: Instances(tuple(sizes[n]), crop_boxes(c, o), np.ones(len(c), np.int64), c, o) for n, (c, o) in crops.items()}
 
-# %% ../nbs/23c_results.ipynb #f85c1859
+# %% ../nbs/23c_results.ipynb #ac3704bf
 def neighbours(
     label_map, # (H,W) int
     reach=2, # pixels
@@ -335,12 +358,12 @@ def colour_numbers(
             waits[j] -= 1
             if waits[j] == n_colours - 1: todo.append(j)
     out = np.full(n, -1)
-    for i in aside[::-1] if len(aside) == n else [*set(range(n)) - set(aside), *aside[::-1]]:
+    for i in [*set(range(n)) - set(aside), *aside[::-1]]:
         taken = np.bincount([out[j] for j in near[i] if out[j] >= 0], minlength=n_colours)
         out[i] = min(range(n_colours), key=lambda c: (taken[c], (c - i) % n_colours))
     return out
 
-# %% ../nbs/23c_results.ipynb #78f6b6a8
+# %% ../nbs/23c_results.ipynb #9682437a
 def overlay(
     image, # (H,W,3) uint8
     instances, # Instances
@@ -349,7 +372,7 @@ def overlay(
     width=1, # pixels, of the outline
 ): # (H,W,3) uint8
     "The image with every object tinted and outlined, pixel for pixel; a name where it fits"
-    check_fit(image, instances)
+    check_picture(image, instances)
     out, label_map = np.array(image), instances.label_map()
     colours = PALETTE[colour_numbers(label_map, len(instances))]  # (n,3)
     inside = label_map > 0
@@ -357,6 +380,12 @@ def overlay(
     for crop, (y, x), colour in zip(instances.crops, instances.origins, colours):
         out[y:y + crop.shape[0], x:x + crop.shape[1]][crop & ~binary_erosion(crop, iterations=width)] = colour
     return out if classes is None else write_names(out, instances, classes, colours)
+
+def check_picture(image, instances):
+    "What is drawn upon must be for the eye"
+    if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8:
+        raise DataError(f'a picture to draw upon is (H,W,3) and uint8, not {np.shape(image)} and {image.dtype}; make one of the channels, and give the others to measurements')
+    check_fit(image, instances)
 
 def write_names(
     picture, # (H,W,3) uint8
@@ -370,7 +399,7 @@ def write_names(
     for i, (x1, y1, x2, y2) in enumerate(instances.boxes.tolist()):
         text = ' '.join([classes[instances.labels[i]], *([] if instances.scores is None else [f'{instances.scores[i]:.2f}'])])
         box = draw.textbbox((max(x1, 0), max(y1, 0)), text, font)
-        if box[2] - box[0] > x2 - x1: continue
+        if box[2] - box[0] > 1.5 * (x2 - x1): continue
         draw.rectangle(box, fill=tuple(colours[i].tolist()))
         draw.text((max(x1, 0), max(y1, 0)), text, 'black', font)
     return np.array(im)
@@ -380,11 +409,11 @@ def colour_splash(
     instances, # Instances
 ): # (H,W,3) uint8
     "The objects in colour, all else in grey"
-    check_fit(image, instances)
+    check_picture(image, instances)
     grey = (image @ np.array([.299, .587, .114])).round().astype(np.uint8)  # (H,W)
     return np.where(instances.label_map()[..., None] > 0, image, grey[..., None])
 
-# %% ../nbs/23c_results.ipynb #8f5cfb57
+# %% ../nbs/23c_results.ipynb #9344c8ac
 FILMS = '.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v'
 PICTURES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 
@@ -416,7 +445,17 @@ def frame_rate(path): # frames a second
     about = iio.immeta(path)
     return float(about.get('fps') or 1000 / (about.get('duration') or 100))
 
-# %% ../nbs/23c_results.ipynb #07a4d5b0
+# %% ../nbs/23c_results.ipynb #4aac1769
+def write_png(
+    path, # to write
+    picture, # (H,W,3) uint8
+): # path
+    "A picture as PNG, packed quickly"
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, 'PNG', compress_level=3)
+    write_atomic(path, file.getvalue())
+    return Path(path)
+
 @contextmanager
 def frame_writer(
     path, # .gif, .tif, a film, or a folder
@@ -425,7 +464,7 @@ def frame_writer(
     "Frames into a file that is there whole or not at all, or into a folder as 00000.png, 00001.png …"
     check_film(path := Path(path))
     kind = path.suffix.lower()
-    if not kind: yield lambda frame, n=itertools.count(): write_atomic(path/f'{next(n):05d}.png', png_bytes(frame))
+    if not kind: yield lambda frame, n=itertools.count(): write_png(path/f'{next(n):05d}.png', frame)
     elif kind not in (*FILMS, '.gif', '.tif', '.tiff'): raise DataError(f'{path}: not a kind of film that is known; take .gif, .tif, {", ".join(FILMS)}, or a folder')
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -445,11 +484,12 @@ def process_video(
     fps=None, # frames a second; those of the film if not given
 ): # frames
     "Predict and draw every frame of a film"
+    n = 0
     with frame_writer(path_out, fps or frame_rate(path_in)) as write:
         for n, frame in enumerate(read_frames(path_in), 1): write(draw(frame, predict(frame)))
     return n
 
-# %% ../nbs/23c_results.ipynb #97d66e0e
+# %% ../nbs/23c_results.ipynb #0db23c11
 class Format(str, Enum):
     "What can be written"
     overlay = 'overlay'
@@ -461,6 +501,16 @@ class Format(str, Enum):
     submission = 'submission'
 
 SMALL = tuple(Format)[:5]
+
+def read_pixels(
+    path, # of a picture
+    size, # (H,W) of it
+): # (H,W) or (H,W,C), any kind of number
+    "The pixels as they are stored, to measure on"
+    try: pixels = iio.imread(path)
+    except Exception as e: raise DataError(f'{path}: the pixels cannot be read as they are stored ({e}); save the picture without compression, or leave out the csv') from None
+    channels_first = pixels.shape[:2] != tuple(size) == pixels.shape[-2:]  # as microscopes write them
+    return np.moveaxis(pixels.reshape(-1, *size), 0, -1) if channels_first else pixels
 
 def write_results(
     out, # folder
@@ -478,13 +528,6 @@ def write_results(
     writers = {Format.overlay: lambda: write_png(place('_overlay.png'), overlay(image, instances, classes)), Format.splash: lambda: write_png(place('_splash.png'), colour_splash(image, instances)),
         Format.labels: lambda: write_labels(place('_labels.tif'), instances), Format.csv: lambda: write_csv(place('.csv'), table()), Format.geojson: lambda: write_geojson(place('.geojson'), instances, classes)}
     return [writers[f]() for f in map(Format, formats) if f in writers]
-
-def write_png(path, picture): # path
-    "A picture as PNG, packed quickly"
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, 'PNG', compress_level=3)
-    write_atomic(path, file.getvalue())
-    return Path(path)
 
 def write_together(
     out, # folder
