@@ -10,7 +10,7 @@ __all__ = ['SHAPE', 'LENGTHS', 'BRIGHTNESS', 'PALETTE', 'FILMS', 'PICTURES', 'SM
            'write_names', 'colour_splash', 'check_film', 'read_frames', 'frame_rate', 'write_png', 'frame_writer',
            'process_video', 'Format', 'read_pixels', 'write_results', 'write_together']
 
-# %% ../nbs/23c_results.ipynb #813074cb
+# %% ../nbs/23c_results.ipynb #86aa873e
 import importlib.util, io, itertools, json, os
 from contextlib import contextmanager
 from enum import Enum
@@ -28,7 +28,7 @@ from skimage.measure import regionprops_table
 from .data import DataError, Instances, by_id, coco_rle, crop_boxes, four_numbers, load_json, read_image, rgb, tight, unpack_counts, write_atomic
 from .nuclei import rle_decode, submission_csv
 
-# %% ../nbs/23c_results.ipynb #1f4774a7
+# %% ../nbs/23c_results.ipynb #36cf312a
 SHAPE = {'area': 'area', 'centroid-0': 'centroid_y', 'centroid-1': 'centroid_x', 'bbox-0': 'y1', 'bbox-1': 'x1', 'bbox-2': 'y2', 'bbox-3': 'x2',
     'axis_major_length': 'major_axis', 'axis_minor_length': 'minor_axis', 'eccentricity': 'eccentricity', 'solidity': 'solidity', 'perimeter': 'perimeter'}
 LENGTHS = 'centroid_y', 'centroid_x', 'major_axis', 'minor_axis', 'perimeter'
@@ -46,7 +46,7 @@ def measure(
     row = {k: v[0] for k, v in regionprops_table(crop.astype(np.uint8), image[y:y + h, x:x + w], names).items()}
     return row | {k: row[k] + o for k, o in zip(('centroid-0', 'centroid-1', 'bbox-0', 'bbox-1', 'bbox-2', 'bbox-3'), (y, x) * 3)}
 
-# %% ../nbs/23c_results.ipynb #3c387815
+# %% ../nbs/23c_results.ipynb #88c1d50d
 def measurements(
     image, # (H,W) or (H,W,C), any kind of number
     instances, # Instances
@@ -62,8 +62,8 @@ def measurements(
     rows = [measure(c, o, image) for c, o in zip(instances.crops, instances.origins)]
     table = pd.DataFrame(rows, columns=list(names)).rename(columns=names)
     scores = np.full(len(instances), np.nan) if instances.scores is None else instances.scores
-    for i, (k, v) in enumerate(dict(id=np.arange(1, len(instances) + 1), **{'class': [classes[l] for l in instances.labels]}, score=scores).items()): table.insert(i, k, v)
-    table['area'] = table['area'].astype(int)
+    who = pd.DataFrame({'id': np.arange(1, len(instances) + 1), 'class': [classes[l] for l in instances.labels], 'score': scores})
+    table = pd.concat([who, table.astype({'area': int})], axis=1)
     if pixel_size is None: return table
     return table.assign(area_um2=table.area * pixel_size**2, **{f'{k}_um': table[k] * pixel_size for k in LENGTHS})
 
@@ -72,7 +72,7 @@ def check_fit(image, instances):
     if tuple(np.shape(image)[:2]) != tuple(instances.size):
         raise DataError(f'the image is {np.shape(image)[0]}x{np.shape(image)[1]} pixels but the objects are of one of {instances.size[0]}x{instances.size[1]}; give the image that they were found in')
 
-# %% ../nbs/23c_results.ipynb #6a7cc16e
+# %% ../nbs/23c_results.ipynb #1d81c1c1
 def write_csv(
     path, # to write
     table, # DataFrame
@@ -81,7 +81,7 @@ def write_csv(
     write_atomic(path, table.to_csv(index=False, float_format='%.7g').encode())
     return Path(path)
 
-# %% ../nbs/23c_results.ipynb #fcac0a4c
+# %% ../nbs/23c_results.ipynb #a8ca61c8
 def write_labels(
     path, # .tif to write
     instances, # Instances
@@ -104,7 +104,7 @@ def read_labels(
         raise DataError(f'{path}: a label map has one channel of whole numbers, 0 for the ground, but this has shape {found.shape} and type {found.dtype}; export the numbers, not a coloured picture')
     return Instances.from_label_map(found)
 
-# %% ../nbs/23c_results.ipynb #2b1edfce
+# %% ../nbs/23c_results.ipynb #29d23138
 def rings(
     piece, # (h,w) bool, all of it joined by edges
 ): # list of (n+1,2) int, x and y, closed; the outer ring first, then holes
@@ -129,11 +129,14 @@ def walk(
     seen, out = set(), []
     for i in starts:
         ring, k = [], 0
-        while i not in seen: ring, i, k = ring + [i], seen.add(i) or partner[k][i], 1 - k
+        while i not in seen:
+            seen.add(i)
+            ring.append(i)
+            i, k = partner[k][i], 1 - k
         if ring: out.append(points[ring + ring[:1]])
     return out
 
-# %% ../nbs/23c_results.ipynb #cb8e80c0
+# %% ../nbs/23c_results.ipynb #8abfd0a0
 PALETTE = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8)
 
 def short(x): return float(str(x))  # 0.9, where float(np.float32(.9)) is 0.8999999761581421
@@ -171,7 +174,7 @@ def write_geojson(
     write_atomic(path, json.dumps(dict(type='FeatureCollection', features=features), separators=(',', ':')).encode())
     return Path(path)
 
-# %% ../nbs/23c_results.ipynb #79414870
+# %% ../nbs/23c_results.ipynb #3ab327e3
 def fill(
     outlines, # list of (n,2) float: x and y of outer rings and holes, in any order
     size, # (H,W) of the image; what lies outside is cut off
@@ -189,7 +192,7 @@ def fill(
     np.add.at(crossed, (row - top, np.ceil(x - .5).clip(left, right).astype(int) - left), 1)
     return crossed.cumsum(1)[:, :-1] % 2 == 1, top, left
 
-# %% ../nbs/23c_results.ipynb #5db01ca9
+# %% ../nbs/23c_results.ipynb #8610d1ab
 def outlines_of(
     f, # feature
     where, # for messages
@@ -209,9 +212,10 @@ def about(
     "What a feature says of itself, in our words or QuPath's"
     as_dict = lambda x: x if isinstance(x, dict) else {}
     p = as_dict(f.get('properties'))
-    return as_dict(p.get('classification')).get('name', p.get('class')), p.get('score', as_dict(p.get('measurements')).get('score'))
+    score = p.get('score', as_dict(p.get('measurements')).get('score'))
+    return as_dict(p.get('classification')).get('name', p.get('class')), score if isinstance(score, (int, float)) else None
 
-# %% ../nbs/23c_results.ipynb #acefc38c
+# %% ../nbs/23c_results.ipynb #7eab656b
 def load_features(
     path, # of the file
 ): # list of features
@@ -239,7 +243,7 @@ def read_geojson(
     scores = np.array(scores, np.float32) if features and None not in scores else None
     return Instances(tuple(size), crop_boxes(crops, origins), labels, crops, origins, scores).window(0, 0, *size)
 
-# %% ../nbs/23c_results.ipynb #87712211
+# %% ../nbs/23c_results.ipynb #d87b943a
 def unique_names(
     paths, # of pictures
 ): # dict name -> Path
@@ -262,7 +266,7 @@ def to_coco(
             segmentation=rle, area=int(c.sum()), iscrowd=0) for i, f in enumerate(found.values(), 1) for j, (l, b, rle, c) in enumerate(zip(f.labels, f.boxes, f.rles(), f.crops))]
     return dict(images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)], categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])
 
-# %% ../nbs/23c_results.ipynb #a55d71e8
+# %% ../nbs/23c_results.ipynb #45c3bb80
 def from_runs(
     counts, # run lengths down the columns, zeros first
     size, # (H,W)
@@ -277,6 +281,7 @@ def from_runs(
     crop, y, x = tight(strip.reshape(-1, H).T)
     return crop, y, x + int(first)
 
+# %% ../nbs/23c_results.ipynb #83afab0c
 def from_coco(
     path, # of the json
 ): # dict name -> Instances, names of the classes
@@ -312,7 +317,7 @@ def coco_instances(
     labels = np.array([ids.index(a['category_id']) + 1 for a in annotations], np.int64)
     return Instances(size, boxes, labels, crops, origins, np.array(scores, np.float32) if scores and None not in scores else None)
 
-# %% ../nbs/23c_results.ipynb #f3848262
+# %% ../nbs/23c_results.ipynb #1bb9ab1d
 def read_submission(
     path, # of the csv
     sizes, # dict name -> (H,W)
@@ -328,7 +333,7 @@ def read_submission(
     crops = {n: ([c for c, _, _ in cut], np.array([o for _, *o in cut], np.int64).reshape(-1, 2)) for n, cut in cuts.items()}
     return {n: Instances(tuple(sizes[n]), crop_boxes(c, o), np.ones(len(c), np.int64), c, o) for n, (c, o) in crops.items()}
 
-# %% ../nbs/23c_results.ipynb #ac3704bf
+# %% ../nbs/23c_results.ipynb #0bf0b4b2
 def neighbours(
     label_map, # (H,W) int
     reach=2, # pixels
@@ -363,7 +368,7 @@ def colour_numbers(
         out[i] = min(range(n_colours), key=lambda c: (taken[c], (c - i) % n_colours))
     return out
 
-# %% ../nbs/23c_results.ipynb #9682437a
+# %% ../nbs/23c_results.ipynb #e34ebd02
 def overlay(
     image, # (H,W,3) uint8
     instances, # Instances
@@ -413,7 +418,7 @@ def colour_splash(
     grey = (image @ np.array([.299, .587, .114])).round().astype(np.uint8)  # (H,W)
     return np.where(instances.label_map()[..., None] > 0, image, grey[..., None])
 
-# %% ../nbs/23c_results.ipynb #9344c8ac
+# %% ../nbs/23c_results.ipynb #3f909834
 FILMS = '.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v'
 PICTURES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 
@@ -442,10 +447,11 @@ def read_frames(
 def frame_rate(path): # frames a second
     "As the film says, else 10"
     if Path(path).suffix.lower() not in (*FILMS, '.gif'): return 10.
-    about = iio.immeta(path)
-    return float(about.get('fps') or 1000 / (about.get('duration') or 100))
+    try: said = iio.immeta(path)
+    except Exception: return 10.  # whoever reads the frames says what is wrong
+    return float(said.get('fps') or 1000 / (said.get('duration') or 100))
 
-# %% ../nbs/23c_results.ipynb #4aac1769
+# %% ../nbs/23c_results.ipynb #e3a2b48e
 def write_png(
     path, # to write
     picture, # (H,W,3) uint8
@@ -489,7 +495,7 @@ def process_video(
         for n, frame in enumerate(read_frames(path_in), 1): write(draw(frame, predict(frame)))
     return n
 
-# %% ../nbs/23c_results.ipynb #0db23c11
+# %% ../nbs/23c_results.ipynb #e43855f2
 class Format(str, Enum):
     "What can be written"
     overlay = 'overlay'
