@@ -42,6 +42,7 @@ from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stret
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .report import command_line, write_report
 from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
@@ -165,9 +166,11 @@ def evaluate(
     model: MaskRCNN,
     dataset: InstanceDataset,
     kinds=None,                # nuclei: kind of microscopy by name of the image
+    found=None,                # what the model found, if it is known
 ) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
     "Scores of a model on a data set."
-    found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
+    if found is None: found = predict_all(model, dataset)
+    coco = CocoEval(dataset.classes, model.config.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
     return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found))), kinds) if kinds else {})
@@ -206,13 +209,15 @@ def finish(
     out,                       # folder of the run
     kinds=None,                # nuclei: kind of microscopy
 ) -> dict:
-    "Scores on whole images and a picture, into the folder of the run."
+    "Scores on whole images, a picture and a report, into the folder of the run."
     model = learn.model.eval()
-    scores = evaluate(model, dataset, kinds)
+    found = predict_all(model, dataset)
+    scores = evaluate(model, dataset, kinds, found)
     write_atomic(Path(out) / 'scores.json', json.dumps(scores, indent=1).encode())
     fig = results_figure(model, dataset)
     fig.savefig(Path(out) / 'results.png', dpi=80)
     plt.close(fig)
+    write_report(out, learn, dataset, scores, found, command=command_line(), kinds=kinds)
     return scores
 
 # %% ../nbs/24_train.ipynb #d93aa2e4
