@@ -15,7 +15,7 @@ __all__ = ['CONTROL', 'EMPTY_TAGS', 'REPORT_STYLE', 'ERROR_WORDS', 'Html', 'esca
 # %% ../nbs/23e_report.ipynb #23e00004
 import base64, html, inspect, io, json, math, os, platform, re, shlex, subprocess, sys, time
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -111,9 +111,11 @@ def picture(
 
 def literal(
     x,        # a name
+    most=24,  # letters
 ) -> str:
-    "The name as matplotlib writes it out; between two dollars it would see mathematics."
-    return CONTROL.sub('\ufffd', str(x)).replace('$', r'\$')
+    "The name as matplotlib writes it out, cut where it is long; between two dollars it would see mathematics."
+    x = CONTROL.sub('\ufffd', str(x))
+    return (x if len(x) <= most else x[:most - 1] + '…').replace('$', r'\$')
 
 # %% ../nbs/23e_report.ipynb #23e00014
 REPORT_STYLE = STYLE + '''
@@ -370,12 +372,12 @@ def extremes(
     return [f'The best {what} is {best} ({measure} {values[best]:.3f}), the weakest {worst} ({values[worst]:.3f}).'] if len(values) > 1 else []
 
 def sure_errors(
-    split: ErrorSplit,
+    compared: list,    # of Compared, one an image
     min_score=.5,      # less sure than this is not looked at
 ) -> dict:             # kind -> number
-    "Errors of the finds that count; an object is missed if no such find is right."
-    sure = split.finds[(split.finds.score >= min_score) & (split.finds.kind != 'right')]
-    return {str(k): int(v) for k, v in sure.kind.value_counts().items()} | {'missed': count(split, min_score=min_score).missed}
+    "Errors of the finds that count, and the objects that none of them points to."
+    sure = [replace(c, found=c.found[k], iou=c.iou[:, k]) for c in compared for k in [c.found.scores >= min_score]]
+    return split_errors(sure).table['count'].to_dict()
 
 # %% ../nbs/23e_report.ipynb #23e0002f
 def names_of(
@@ -475,7 +477,7 @@ def pr_figure(
     curves = [precision_curve(f.kind == 'right', f.score, (split.objects.label == k).sum()) for k in labels for f in [split.finds[split.finds.label == k]]]
     for k, y, style in zip(labels, curves, ['-', '--', ':', '-.'] * len(labels)):
         many = len(labels) > most
-        ax.plot(recall, y, '-' if many else style, color='#9ca3af' if many else None, lw=.6 if many else 1.5, label=None if many else f'{literal(classes[k])[:24]} {y.mean():.2f}')
+        ax.plot(recall, y, '-' if many else style, color='#9ca3af' if many else None, lw=.6 if many else 1.5, label=None if many else f'{literal(classes[k])} {y.mean():.2f}')
         c = count(split, k)
         if c.finds and not many: ax.plot(c.right / c.objects, c.right / c.finds, 'o', color=ax.lines[-1].get_color(), markersize=5)
     if len(labels) > most: ax.plot(recall, np.mean(curves, 0), color='#0369a1', lw=2, label=f'mean of {len(labels)} classes {np.mean(curves):.2f}')
@@ -554,22 +556,23 @@ def pair_figure(
 # %% ../nbs/23e_report.ipynb #23e0003f
 def found_pictures(
     ev: InstanceInterpretation,
-    images: list,        # as they are shown
     n=6,
+    look=None,           # what is done to an image before it is shown
     min_score=.5,        # less sure than this is not shown
 ) -> list[Html]:
     "Some images, evenly chosen, with truth and prediction."
     out, names, scores = [], list(map(literal, ev.classes)), ev.scores(min_score)
-    for i in evenly(len(images), n):
+    for i in evenly(len(ev.images), n):
         truth, found = ev.truths[i], ev.founds[i][ev.founds[i].scores >= min_score]
-        alt = f'Image {ev.names[i]} twice: left its {len(truth)} true objects, right the {len(found)} that were found.'
-        out.append(picture(pair_figure(images[i], truth, found, names), alt, f'{ev.names[i]}: score {scores[i]:.2f}', photo=True))
+        image = look(ev.images[i]) if look else ev.images[i]
+        alt = f'Image {ev.names[i]} twice: left the truth ({len(truth)} objects), right what was found ({len(found)}).'
+        out.append(picture(pair_figure(image, truth, found, names), alt, f'{ev.names[i]}: score {scores[i]:.2f}', photo=True))
     return out
 
 def worst_pictures(
     ev: InstanceInterpretation,
-    images: list,        # as they are shown
     n=6,
+    look=None,           # what is done to an image before it is shown
     min_score=.5,        # less sure than this is not shown
 ) -> list[Html]:
     "The images with the lowest scores, as far as something is wrong in them."
@@ -578,8 +581,8 @@ def worst_pictures(
         truth, found = ev.truths[i], ev.founds[i][ev.founds[i].scores >= min_score]
         m = match(truth, found)
         if scores[i] == 1: break
-        fig, (ax,) = canvas(images[i], side=4.4)
-        show_differences(images[i], truth, found, ax, names=names)
+        fig, (ax,) = canvas(ev.images[i], side=4.4)
+        show_differences(look(ev.images[i]) if look else ev.images[i], truth, found, ax, names=names)
         words = f'{len(m.pairs)} right, {len(m.wrong)} wrong, {len(m.missed)} missed'
         out.append(picture(fig, f'Image {ev.names[i]} with the outlines of its objects: {words}.', f'{ev.names[i]}: score {scores[i]:.2f}; {words}', photo=True))
     return out
@@ -663,10 +666,10 @@ def score_part(r: Run, kinds=None) -> list:
 
 def picture_part(r: Run, n=6) -> list:
     "Some images, and the worst."
-    images = [stretch(s.image) if r.model.config.stretch else s.image for s in r.dataset]
-    some, worst = found_pictures(r.ev, images, n), worst_pictures(r.ev, images, n)
+    look = stretch if r.model.config.stretch else None
+    some, worst = found_pictures(r.ev, n, look), worst_pictures(r.ev, n, look)
     legend = 'Green and solid is right at IoU 0.5, red and dotted wrong, white and dashed missed. The score is the mean over ten IoUs of right / (right + wrong + missed).'
-    return [tag('p', f'{len(some)} of {len(images)} images, evenly chosen. Left the truth, right what was found.'), tag('div', some, class_='pictures pairs'), tag('h3', 'The worst images'),
+    return [tag('p', f'{len(some)} of {len(r.dataset)} images, evenly chosen. Left the truth, right what was found.'), tag('div', some, class_='pictures pairs'), tag('h3', 'The worst images'),
             tag('p', legend if worst else 'Nothing is wrong in any image.'), tag('div', worst, class_='pictures')]
 
 def number_part(r: Run) -> list:
@@ -702,7 +705,7 @@ def write_report(
     said = warning_list(r)
     parts = dict(run=('What was run', run_part(r, command, data, seed)), data=('Data', data_part(r, faults, notes)), curves=('Curves', curve_part(r)), scores=('Scores', score_part(r, kinds)),
                  errors=('Errors', error_parts(r.ev, r.split)), pictures=('Pictures', picture_part(r, n_pictures)), numbers=('Numbers of the training and the model', number_part(r)))
-    top = [tag('h1', title), tag('p', summary(count(r.split), scores, sure_errors(r.split), len(dataset)), class_='summary'), tag('h2', 'What to be careful about') if said else None, bullets(said, 'warnings'),
+    top = [tag('h1', title), tag('p', summary(count(r.split), scores, sure_errors(r.ev.compared['mask']), len(dataset)), class_='summary'), tag('h2', 'What to be careful about') if said else None, bullets(said, 'warnings'),
            tag('nav', [tag('a', name, href=f'#{k}') for k, (name, _) in parts.items()], class_='contents', aria_label='contents')]
     write_atomic(r.out / 'report.html', page(title, *top, *(section(k, name, *body) for k, (name, body) in parts.items())))
     return r.out / 'report.html'
