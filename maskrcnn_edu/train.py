@@ -42,6 +42,7 @@ from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stret
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .nuclei import Elastic, Intensity, Stain, balanced, dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .report import RunLog, command_line, write_report
 from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
@@ -146,7 +147,7 @@ def fit(
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
     dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
-    learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes)], metrics=coco.metrics(), path=out, opt_func=ADAMW)
+    learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes), RunLog(out)], metrics=coco.metrics(), path=out, opt_func=ADAMW)
     state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
     if (state['seed'], state['n_epochs']) != (seed, recipe.epochs):
         raise DataError(f"--resume: the run in {out} was started with --epochs {state['n_epochs']} --seed {state['seed']}; say the same.")
@@ -167,10 +168,12 @@ def evaluate(
     model: MaskRCNN,
     dataset: InstanceDataset,
     kinds=None,                # nuclei: kind of microscopy by name of the image
+    found=None,                # what the model found, if it is known
 ) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
     "Scores of a model on a data set."
     for s in dataset: check_channels(s.image, model.config, s.name)
-    found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
+    if found is None: found = predict_all(model, dataset)
+    coco = CocoEval(dataset.classes, model.config.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
     return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.sure))), kinds) if kinds else {})
@@ -209,13 +212,15 @@ def finish(
     out,                       # folder of the run
     kinds=None,                # nuclei: kind of microscopy
 ) -> dict:
-    "Scores on whole images and a picture, into the folder of the run."
+    "Scores on whole images, a picture and a report, into the folder of the run."
     model = learn.model.eval()
-    scores = evaluate(model, dataset, kinds)
+    found = predict_all(model, dataset)
+    scores = evaluate(model, dataset, kinds, found)
     write_atomic(Path(out) / 'scores.json', json.dumps(scores, indent=1).encode())
     fig = results_figure(model, dataset)
     fig.savefig(Path(out) / 'results.png', dpi=80)
     plt.close(fig)
+    write_report(out, learn, dataset, scores, found, command=command_line(), kinds=kinds)
     return scores
 
 # %% ../nbs/24_train.ipynb #d93aa2e4
@@ -279,7 +284,7 @@ def train(
     resume: Annotated[bool, typer.Option('--resume', help='go on after the last finished epoch')] = False,
     pretrained: Annotated[bool, typer.Option('--pretrained', help='start from ImageNet weights, with a ResNet-18; needs the internet once')] = False,
 ):
-    "Train; leaves weights.safetensors, history.csv, results.png and scores.json in the folder."
+    "Train; leaves weights.safetensors, history.csv, scores.json, results.png and report.html in the folder."
     out = out or Path('runs') / what.value
     commands = dict(shapes=train_shapes, nuclei=train_nuclei, coco=train_coco)
     with sentences():
@@ -289,7 +294,7 @@ def train(
             typer.echo(f"\nStopped; {go_on if (out / 'state.pth').exists() else 'no epoch was finished, so nothing is saved.'}", err=True)
             raise typer.Exit(130) from None
         typer.echo(score_line(scores))
-        typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, results.png, scores.json')
+        typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, scores.json, results.png, report.html')
 
 
 def score_line(scores: dict) -> str:

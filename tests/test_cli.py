@@ -135,7 +135,7 @@ def any_weights(tmp_path_factory):
 # ---- train
 
 def check_run(out, classes, epochs):
-    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES, 'report.html', 'run.json'])
     assert [row['epoch'] for row in history(out)] == [str(i) for i in range(epochs)]
     assert all(math.isfinite(float(x)) for row in losses(out) for x in row.values()) and {'t_mask', 'v_mask', 'valid_loss'} <= set(losses(out)[0])
     scores = strict((out/'scores.json').read_text())
