@@ -11,10 +11,10 @@ from maskrcnn_edu.data import write_atomic
 from maskrcnn_edu.evaluate import dsb_score, mean_dsb
 from maskrcnn_edu.learner import predict_instances, turn
 from maskrcnn_edu.nuclei import find_nuclei, load_nuclei, remove_overlaps
-from maskrcnn_edu.tiles import VIEWS, gather, turn_back, vote
+from maskrcnn_edu.tiles import TURNS, VIEWS, gather, turn_back, vote
 
 here = Path(__file__).parent
-LOOKS = {'1': VIEWS[:1], '2': VIEWS[:2], '4': VIEWS[::2], '8': VIEWS}   # as it is; and its mirror image; four quarter turns; all
+LOOKS = {'1': VIEWS[:1], '2': VIEWS[:2], '4': TURNS, '8': VIEWS}   # as it is; and its mirror image; four quarter turns; all
 LEAST = (.2, .3, .4, .5, .6)
 
 
