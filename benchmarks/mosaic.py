@@ -3,8 +3,9 @@
     make mosaic           (or: python benchmarks/mosaic.py --weights nuclei --side 2048)
 
 The images are stretched to one brightness and laid in shelves of one height, again and again until the mosaic is full; where a picture does not fit it is cut. Each picture, as it was cut, is also predicted alone,
-with the same levels of brightness, and its finds count as often as it was laid. Two halves of nuclei that meet at a joint would be one object in the mosaic and two alone, so between pictures lie `--gap` pixels of the
-colour that surrounds a picture when it is predicted alone. Counted are all finds, and those whose centre lies at least `--rim` pixels inside their picture, which may be compared without a gap too.
+with the same levels of brightness, and its finds count as often as it was laid. Half a nucleus at the border of a picture is another object in the mosaic: two halves that meet are one, and a half beside something else may not be found at all.
+The tiles are not to blame for that, so it is kept out of the comparison: between pictures lie `--gap` pixels of the network's neutral colour, and a picture alone is predicted in a frame of as many, so that the network sees the same
+around it. Counted are all finds, and those whose centre lies at least `--rim` pixels inside their picture; and, for completeness, what is found on the images without a frame.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -33,6 +34,14 @@ def lay(sizes, side, gap):
         places += [(y, x, i, height, w) for x, i, w in shelf]
         y += height + gap
     return places
+
+
+def framed(image, gap, colour):
+    "A picture with a margin as it has it in the mosaic."
+    out = np.empty((image.shape[0] + 2 * gap, image.shape[1] + 2 * gap, 3), np.uint8)
+    out[:] = colour
+    out[gap:gap + image.shape[0], gap:gap + image.shape[1]] = image
+    return out
 
 
 def build(file, images, places, side, colour):
@@ -112,9 +121,9 @@ def away_from_joints(found, places, least=2):
 
 def compare(found, alone, places, rim):
     "Counts of the mosaic and of the images alone: all, and away from the joints."
-    where, counts = extents(found), np.zeros((len(places), 2), int)
+    where, counts, gap = extents(found), np.zeros((len(places), 2), int), (next(iter(alone.values())).size[0] - places[0][3]) // 2
     for k, (y, x, i, h, w) in enumerate(places):
-        counts[k] = inside(where, y, x, h, w, rim).sum(), inside(extents(alone[i, h, w]), 0, 0, h, w, rim).sum()
+        counts[k] = inside(where, y, x, h, w, rim).sum(), inside(extents(alone[i, h, w]), gap, gap, h, w, rim).sum()
     total = len(found), sum(len(alone[p[2:]]) for p in places)
     row = lambda a, b: dict(mosaic=int(a), alone=int(b), difference_percent=round(100 * (a - b) / max(b, 1), 2))
     return dict(all=row(*total), away_from_joints=row(*counts.sum(0)) | dict(rim=rim)), counts
@@ -139,18 +148,20 @@ def main():
     _, valid, kinds = load_nuclei(args.data)
     images = [stretch(s.image) for s in valid]
     model, _ = load_weights(args.weights, args.device)
+    colour = np.round(255 * np.array(model.config.mean)).astype(np.uint8)
     places = lay([im.shape[:2] for im in images], args.side, args.gap)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'mosaic.npy'
-        build(file, images, places, args.side, np.round(255 * np.array(model.config.mean)))
+        build(file, images, places, args.side, colour)
         levels = picture_levels(np.load(file, mmap_mode='r'))
         child = [sys.executable, __file__, '--predict', str(file), *(f'--{k}={getattr(args, k.replace("-", "_"))}' for k in ('weights', 'tile', 'overlap', 'min-score', 'device'))]
         run = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         found = load(file.with_suffix('.npz'), args.side)
-    alone = {p: predict_instances(model, images[p[0]][:p[1], :p[2]], args.min_score, levels=levels) for p in dict.fromkeys(p[2:] for p in places)}
+    single = lambda i, h, w, gap: predict_instances(model, framed(images[i][:h, :w], gap, colour), args.min_score, levels=levels)
+    alone, bare = ({p: single(*p, gap) for p in dict.fromkeys(p[2:] for p in places)} for gap in (args.gap, 0))
     counts, each = compare(found, alone, places, args.rim)
     by_kind = {k: each[[kinds[valid.names[p[2]]] == k for p in places]].sum(0).tolist() for k in sorted({kinds[valid.names[p[2]]] for p in places})}
-    results = run | dict(levels=levels, tiles=len(tile_grid((args.side, args.side), args.tile, args.overlap)), pictures=len(places), different=len({p[2] for p in places}), counts=counts,
+    results = run | dict(levels=levels, tiles=len(tile_grid((args.side, args.side), args.tile, args.overlap)), pictures=len(places), different=len({p[2] for p in places}), counts=counts | dict(without_frame=sum(len(bare[p[2:]]) for p in places)),
         by_kind_away_from_joints={k: dict(mosaic=a, alone=b) for k, (a, b) in by_kind.items()},
         twice=dict(mosaic=twice(found), alone=sum(twice(alone[p[2:]]) for p in places)), seams=seams(away_from_joints(found, places), args.side, args.tile, args.overlap),
         without_overlaps=dict(mosaic=len(remove_overlaps(found, min_area=1)), alone=sum(len(remove_overlaps(alone[p], min_area=1)) * sum(q[2:] == p for q in places) for p in alone)))

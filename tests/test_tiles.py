@@ -116,6 +116,13 @@ def test_cases(rows, kept):
     merged = merge(*finds(*rows), GRID)
     assert sorted(map(tuple, extents(merged)[:, [1, 3]].tolist())) == kept
 
+def test_two_tiles_that_agree_on_the_edge_of_what_lies_behind_their_border():
+    grid, edge = tile_grid((160, 160), 100, 40), np.ones((20, 5), bool)   # the tiles on the right begin at column 60
+    found = Instances((160, 160), np.zeros((2, 4), np.float32), np.ones(2, int), [edge, edge], np.array([[70, 60]] * 2), np.float32([.9, .8]))
+    assert len(merge(found, np.array([1, 3]), grid)) == 0
+    long = Instances((160, 160), np.zeros((2, 4), np.float32), np.ones(2, int), [np.ones((20, 90), bool)] * 2, np.array([[70, 10], [70, 60]]), np.float32([.9, .8]))
+    assert extents(merge(long, np.array([0, 1]), grid)).tolist() == [[70, 10, 90, 150]]
+
 def test_classes_are_not_mixed():
     found, tile = finds((0, 0, 70, 1, 79, .9), (1, 0, 70, 1, 92, .8))
     found.labels[:] = 1, 2
