@@ -101,9 +101,10 @@ def resize(
 def stretch(
     image: np.ndarray,          # (H, W, 3) uint8
     percentiles=(0.5, 99.5),    # become black and white
+    levels=None,                # these do, if given: of a larger picture that this is a piece of
 ) -> np.ndarray:                # (H, W, 3) uint8
     "The full range of brightness, so that a dim picture looks like a bright one; three colours keep their relation, dyes are stretched one by one."
-    low, high = np.percentile(image[::2, ::2], percentiles, axis=None if image.shape[-1] == 3 else (0, 1))
+    low, high = levels if levels is not None else np.percentile(image[::2, ::2], percentiles, axis=None if image.shape[-1] == 3 else (0, 1))
     return (np.clip((image - low) / np.maximum(high - low, 1), 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -666,10 +667,11 @@ def to_input(
     image: np.ndarray,   # (H, W, 3) uint8
     model: MaskRCNN,
     multiple=64,         # the sides become multiples of this, pixels
+    levels=None,         # brightness that becomes black and white, where the model stretches; of the picture itself if not given
 ) -> Tensor:             # (1, 3, H', W') in 0..1
     "A picture as the model wants it."
     check_channels(image, model.config)
-    if model.config.stretch: image = stretch(image)
+    if model.config.stretch: image = stretch(image, levels=levels)
     image = enlarged(image, model.config.enlarge)
     size = image.shape[:2]
     x = torch.tensor(image, device=model.mean.device).permute(2, 0, 1) / 255       # (3, H, W)
@@ -683,10 +685,11 @@ def predict_instances(
     model: MaskRCNN,
     image: np.ndarray,   # (H, W, 3) uint8, any size
     min_score=0.,        # less sure than this is left out
+    levels=None,         # brightness that becomes black and white, where the model stretches
 ) -> Instances:          # with scores
     "The objects in a picture, at the size of the picture."
     was_training = model.training
-    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(to_input(image, model)))
+    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(to_input(image, model, levels=levels)))
     model.train(was_training)
     return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
 
