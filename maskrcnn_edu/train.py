@@ -6,7 +6,7 @@
 __all__ = ['ADAMW', 'SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'Recipe', 'coco_recipe', 'run_folder', 'SaveWeights',
            'read_all', 'pick_device', 'fit', 'predict_all', 'evaluate', 'surely', 'results_figure', 'finish',
            'train_shapes', 'train_nuclei', 'train_coco', 'with_epochs', 'sentences', 'What', 'train', 'score_line',
-           'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'trace_command', 'unique_names',
+           'open_for', 'is_kaggle', 'check_command', 'evaluate_command', 'predict', 'trace_command', 'unique_names',
            'write_prediction', 'to_coco']
 
 # %% ../nbs/24_train.ipynb #026a57b0
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     import fastai.layers
 
 # %% ../nbs/24_train.ipynb #6de495e3
-import json, os, sys, zipfile
+import json, os, sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -36,12 +36,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from .checkpoints import WeightsError, load_weights, save_weights
 from .core import show_instances
-from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
+from .data import DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, write_atomic
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
-from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .nuclei import Files, dsb_table, find_nuclei, group, load_nuclei, remove_overlaps
+from .own_data import SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair
 from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
@@ -72,14 +73,13 @@ NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8)), FlipTurn(
 
 def coco_recipe(
     train: InstanceDataset,
+    proposal=None,      # read off the data if not given
 ) -> Recipe:
-    "A recipe for data of one's own: square pieces of a size that suits the images, anchors in proportion."
-    sides = [s.image.shape[:2] for s in train]
-    size = int(min(512, max(128, 64 * np.ceil(np.median(sides) / 64))))
-    sizes = tuple((size / 16 * 2**i,) for i in range(5))
-    slots = int(min(100, max(8, max(len(s.instances) for s in train))))
-    config = replace(SHAPES, n_classes=len(train.classes), sizes=sizes, n_masks=8, n_detections=100, n_post_predict=300)
-    return Recipe(config, (ScaleCrop(size), FlipTurn(), CentreCrop(size)), tuple(colour()), slots, bs=8 if size <= 128 else 4)
+    "A recipe for data of one's own."
+    p = proposal or propose(train)
+    config = replace(SHAPES, n_classes=len(train.classes), **p.config)
+    scale = tuple(s * p.enlarge for s in (SCALES[0], SCALES[-1]))
+    return Recipe(config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)), tuple(colour()), p.slots, p.bs, p.epochs, ap_every=max(1, p.epochs // 20))
 
 # %% ../nbs/24_train.ipynb #f837c00b
 def run_folder(
@@ -232,10 +232,13 @@ def train_nuclei(out='runs/nuclei', data=None, epochs=None, recipe=NUCLEI_RECIPE
 
 
 def train_coco(out='runs/coco', data=None, epochs=None, **kwargs) -> dict:
-    "Train on any folder or zip with images/ and COCO annotations."
-    if data is None: raise DataError('train coco needs --data, a folder or zip with images/ and annotations.json.')
-    train, valid = load_splits(data, kwargs.get('seed', 0))
-    return finish(fit(with_epochs(coco_recipe(read_all(train, 'training')), epochs), train, valid, out, **kwargs), valid, out)
+    "Train on data of one's own, a folder or zip in any layout of lesson 23d."
+    if data is None: raise DataError('train coco needs --data, a folder or zip: images/ with annotations.json, masks/ or labels/, or a VIA json.')
+    print(f'{data}: {recognise(data)}')
+    train, valid = open_dataset(data, kwargs.get('seed', 0))
+    proposal = propose(train)
+    for reason in proposal.reasons: print('proposed:', reason)
+    return finish(fit(with_epochs(coco_recipe(train, proposal), epochs), train, valid, out, **kwargs), valid, out)
 
 
 def with_epochs(recipe, epochs) -> Recipe:
@@ -298,22 +301,30 @@ def open_for(data, classes) -> tuple[InstanceDataset, dict | None]:
     nuclei = list(classes) == ['background', 'nucleus']
     if data is None: data = find_nuclei() if nuclei else shapes_folder()
     if data is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train.')
-    if nuclei and not is_coco(data):
+    if nuclei and is_kaggle(data):
         _, valid, kinds = load_nuclei(data)
         return valid, kinds
-    return valid_part(data), None
+    return open_valid(data), None
 
 
-def is_coco(data) -> bool:
-    "Whether a folder or zip has COCO annotations."
-    names = zipfile.ZipFile(data).namelist() if zipfile.is_zipfile(data) else map(str, Path(data).glob('annotations*/*'))
-    return any('annotations' in n and n.endswith('.json') for n in names) or any(Path(data).glob('annotations*.json'))
+def is_kaggle(data) -> bool:
+    "Whether a folder or zip is in Kaggle's layout; a zip is not unpacked for it."
+    return any('masks' in files for files in group(Files(Path(data)).names()).values())
 
 
-def valid_part(data) -> InstanceDataset:
-    "The validation split of a COCO folder; all of it where it has none."
-    _, valid_json, jsons = split_files(open_data(data))
-    return read_coco(valid_json) if valid_json else join([read_coco(p) for p in jsons])
+@app.command('check')
+def check_command(
+    data: Annotated[Path, typer.Argument(help='folder or zip: COCO json, folders of masks, label maps, or VIA json')],
+    repaired: Annotated[Path | None, typer.Option('--repair', help='a new folder for a clean copy in COCO layout')] = None,
+):
+    "The data doctor: every fault by file; exit code 1 if one stops the training and no clean copy was made."
+    with sentences():
+        found = examine(data)
+        typer.echo(fault_table(found))
+        if repaired:
+            repair(data, repaired)
+            typer.echo(f'{repaired}: a clean copy; what was left out is listed in faults.csv')
+        elif any(f.stops for f in found): raise typer.Exit(1)
 
 
 @app.command('evaluate')
