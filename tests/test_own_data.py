@@ -12,9 +12,11 @@ from scipy.ndimage import label as components
 from skimage.draw import ellipse
 from typer.testing import CliRunner
 
+from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import CLASSES, DataError, Instances, Sample, load_splits, make_shapes, png_bytes, read_coco, runs, tight, write_atomic, write_coco
 from maskrcnn_edu.own_data import (LAYOUTS, Finding, draw_coco, draw_via, examine, fault_table, fold, most_in_a_window, open_dataset, open_valid, propose, read_labels,
-    recognise, repair, scan)
+    notes, own_anchors, recognise, repair, scan)
+from maskrcnn_edu.train import app
 
 def whole(instances):
     "Only objects in one piece and without holes, as a polygon or a label can tell them, of more than a sliver"
@@ -347,6 +349,15 @@ S = SAMPLES[0].name
     ids=lambda x: x.__name__ if callable(x) and x.__name__ != '<lambda>' else x if isinstance(x, str) and ' ' in x else '')
 def test_faults_of_the_other_layouts(tmp_path, write, spoil, file, words, stops): one_fault(tmp_path, write, spoil, file, words, stops)
 
+def test_notes_about_image_files(tmp_path):
+    from skimage.io import imsave
+    rgb, found = SAMPLES[0].image, {}
+    imsave(tmp_path/'deep.png', rgb.astype(np.uint16) * 256)   # 16 bits a channel in colour, which PIL opens as 8
+    Image.fromarray(rgb).save(tmp_path/'turned.jpg', exif=(exif := Image.Exif()).__setitem__(274, 6) or exif)
+    Image.fromarray(rgb).save(tmp_path/'plain.jpg'), Image.fromarray(rgb).save(tmp_path/'plain.png'), Image.fromarray(rgb[..., 0]).save(tmp_path/'grey.tif')
+    found = {p.name: [fault for fault, _ in notes(p)] for p in tmp_path.glob('*.*')}
+    assert found == {'deep.png': ['more than 8 bits a channel'], 'turned.jpg': ['turned by a note in its head (EXIF)'], 'plain.jpg': [], 'plain.png': [], 'grey.tif': []}
+
 def test_a_lenient_pass_after_a_json_that_cannot_be_read(tmp_path):
     write_coco(SAMPLES[:3], tmp_path/'set', 'train', CLASSES), write_coco(SAMPLES[3:], tmp_path/'set', 'valid', CLASSES)
     (tmp_path/'set'/'annotations'/'train.json').write_text('{"images": [')
@@ -366,6 +377,42 @@ def test_many_alike_are_folded():
     many = [Finding(f'{i}.png', 'an alpha channel', 'ignored') for i in range(50)] + [Finding('x', 'annotation 3: empty mask', 'object dropped')]
     assert len(fold(many)) == 5 and '47 more' in fault_table(many) and '51 faults' in fault_table(many) and fault_table([]) == 'no faults'
 
+# ---- the command line
+
+def cli(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+def trained(data, out):
+    done = cli('train', 'coco', '--data', data, '--out', out, '--epochs', 2, '--device', 'cpu')
+    assert done.exit_code == 0, f'{done.stdout}\n{done.stderr}'
+    rows = list(csv.DictReader((out/'history.csv').open()))
+    assert len(rows) == 2 and all(math.isfinite(float(r[k])) for r in rows for k in r if 'loss' in k or k[:2] in ('t_', 'v_'))
+    assert json.loads((out/'scores.json').read_text())['images'] > 0 and 'proposed: sizes' in done.stdout
+    return done, load_weights(out/'weights.safetensors')[1]
+
+@pytest.mark.parametrize('write, packed', [(coco_polygons, False), (kaggle, True), (masks_in_class_folders, False), (label_png, True), (via_1, False)], ids=lambda x: getattr(x, '__name__', str(x)))
+def test_every_layout_trains_two_epochs(write, packed, tmp_path):
+    write(SAMPLES, tmp_path/'set')
+    data = zipped(tmp_path/'set', tmp_path/'set.zip') if packed else tmp_path/'set'
+    done, classes = trained(data, tmp_path/'run')
+    assert len(classes) == (2 if write in ONE_CLASS else 4) and f'{data}: {WRITERS[write]}' in done.stdout
+    done = cli('evaluate', '--weights', tmp_path/'run'/'weights.safetensors', '--data', data, '--json', '--device', 'cpu')
+    assert done.exit_code == 0 and json.loads(done.stdout)['images'] == 6
+
+def test_check_and_repair_and_train(tmp_path):
+    names = plant(tmp_path/'set')
+    done = cli('check', tmp_path/'set')
+    assert done.exit_code == 1 and all(file in done.stdout for file, *_ in names.values()) and 'stop the training' in done.stdout
+    done = cli('train', 'coco', '--data', tmp_path/'set', '--out', tmp_path/'run')
+    assert done.exit_code == 1 and 'maskrcnn-edu check' in done.stderr and not (tmp_path/'run').exists()
+    done = cli('check', tmp_path/'set', '--repair', tmp_path/'clean')
+    assert done.exit_code == 0 and 'faults.csv' in done.stdout
+    assert cli('check', tmp_path/'clean').exit_code == 0
+    assert trained(tmp_path/'clean', tmp_path/'run')[1] == CLASSES
+    done = cli('check', tmp_path/'set', '--repair', tmp_path/'clean')
+    assert done.exit_code == 1 and 'is there already' in done.stderr
+    done = cli('check', tmp_path/'nowhere')
+    assert done.exit_code == 1 and 'no such folder or file' in done.stdout + done.stderr
+
 # ---- proposals
 
 def test_proposal_for_small_and_large_objects(tmp_path):
@@ -382,6 +429,11 @@ def test_proposal_for_small_and_large_objects(tmp_path):
         assert p.reach[.5] > .9 and p.reach[.7] > p.reach['paper'][.7] or p.reach[.7] > .9
         assert p.config['enlarge'] == p.enlarge and len(p.config['sizes']) == 5 and sorted(p.sizes) == list(p.sizes) and all(r[-1] == '.' for r in p.reasons)
     assert 'enlarge' in str(tiny.reasons)
+
+def test_one_odd_object_does_not_bend_the_anchors():
+    boxes = torch.tensor(np.concatenate([s.instances.boxes for s in make_shapes(8, seed=2)]))
+    odd = torch.tensor([[0., 0, 100, 1], [5, 5, 6, 90]])
+    assert own_anchors(torch.cat([boxes, odd])) == own_anchors(boxes) and len(own_anchors(odd)[0]) == 5
 
 def test_proposal_without_objects():
     p = propose([EMPTY] * 3)
