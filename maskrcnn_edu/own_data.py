@@ -13,7 +13,7 @@ __all__ = ['SUFFIXES', 'LAYOUTS', 'SPLITS', 'READERS', 'SCALES', 'STEPS', 'PAPER
            'write_copy', 'best_enlargement', 'most_in_a_window', 'round_up', 'own_anchors', 'reached', 'Proposal',
            'propose', 'reasons']
 
-# %% ../nbs/23d_own_data.ipynb #a2f0f785
+# %% ../nbs/23d_own_data.ipynb #28b318b7
 import collections, csv, functools, hashlib, io, json, os, re, shutil, struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,10 @@ from scipy.ndimage import label as components
 
 from .anchors import nearest_anchor_iou, recommend_anchors
 from .data import (IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict, crop_boxes, find_images,
-    fit_box, four_numbers, load_json, open_data, read_image, read_mask, tight, write_atomic)
+    fit_box, four_numbers, load_json, number, open_data, read_image, read_mask, tight, write_atomic)
 from .nuclei import read_mask as read_mask_file
 
-# %% ../nbs/23d_own_data.ipynb #7429bd1e
+# %% ../nbs/23d_own_data.ipynb #e3dd768d
 def polygon(
     numbers, # x1, y1, x2, y2 ...
 ): # list of float
@@ -47,6 +47,7 @@ def draw_coco(
     size, # (H,W)
 ): # (H,W) uint8
     "The pixels of a COCO annotation"
+    if isinstance(segmentation, list) and not all(isinstance(p, list) for p in segmentation): raise ValueError('numbers where a list of polygons is meant')
     mask = read_mask([polygon(p) for p in segmentation] if isinstance(segmentation, list) else segmentation, size, '')
     if isinstance(mask, str): raise ValueError(mask)
     return mask
@@ -82,7 +83,7 @@ def draw_via(
     if kind == 'rect': return draw_coco([[x, y, x + w, y, x + w, y + h, x, y + h]], size)
     return draw_ellipse((x, y), (w, h), float(shape.get('theta') or 0), size)
 
-# %% ../nbs/23d_own_data.ipynb #402373b8
+# %% ../nbs/23d_own_data.ipynb #bdc752b1
 def draw_file(
     path, # of a mask file
     size, # (H,W)
@@ -92,7 +93,7 @@ def draw_file(
     if mask.shape != tuple(size): raise DataError(f"{path}: the mask is {mask.shape[0]}x{mask.shape[1]} but the image is {size[0]}x{size[1]}; export the masks in the image's size")
     return mask > mask.max() / 2
 
-# %% ../nbs/23d_own_data.ipynb #4fc16e3e
+# %% ../nbs/23d_own_data.ipynb #c3cc7671
 def read_labels(
     path, # of a label map
 ): # (H,W) int64, 0 = background
@@ -106,7 +107,7 @@ def read_labels(
     if x.ndim == 3: x = x.astype(np.int64) @ (256 ** np.arange(x.shape[2]))  # (H,W,C) -> (H,W)
     return np.nan_to_num(x).astype(np.int64).clip(0)
 
-# %% ../nbs/23d_own_data.ipynb #bc75d91e
+# %% ../nbs/23d_own_data.ipynb #8d381ead
 @dataclass(frozen=True)
 class Finding(Fault):
     "What the doctor found, and whether training can go on with it"
@@ -127,6 +128,7 @@ class Raw:
     kind: str # class
     draw: Callable # (H,W) -> (H,W) mask; a ValueError says what is wrong
     bbox: object = None # xywh as written
+    pixels: tuple|None = None # crop, y, x, where they are known already
 
 @dataclass(eq=False)
 class Entry:
@@ -146,7 +148,7 @@ class Part:
 
     def say(self, path, fault, action, stops=False): self.findings.append(Finding(str(path), fault, action, stops))
 
-# %% ../nbs/23d_own_data.ipynb #9104cd9a
+# %% ../nbs/23d_own_data.ipynb #a15519fe
 def json_files(
     folder, # path
 ): # list of path
@@ -181,7 +183,7 @@ def json_kind(
     if isinstance(found, dict) and {'images', 'annotations'} & found.keys(): return 'coco'
     return 'via' if via_rows(found) else None
 
-# %% ../nbs/23d_own_data.ipynb #6d69688f
+# %% ../nbs/23d_own_data.ipynb #34938c2b
 def once(
     part, # Part, gets the findings
     path, # of the json
@@ -225,7 +227,7 @@ def coco_part(
         else: entries[row['image_id']].objects.append(Raw(where, str(categories[row['category_id']]['name']), partial(draw_coco, row.get('segmentation')), row.get('bbox')))
     return part
 
-# %% ../nbs/23d_own_data.ipynb #39ff8531
+# %% ../nbs/23d_own_data.ipynb #94a2e3dd
 def coco_parts(
     folder, # COCO folder
 ): # dict 'train', 'valid' or 'all' -> list of Part
@@ -242,7 +244,7 @@ def coco_parts(
         if p not in used: next(iter(parts.values()))[0].say(p, 'a json beside those that are used', 'not used')
     return parts
 
-# %% ../nbs/23d_own_data.ipynb #05c5e371
+# %% ../nbs/23d_own_data.ipynb #5c179eb4
 def via_class(
     attributes, # region_attributes
 ): # str or None
@@ -264,8 +266,9 @@ def via_part(
             continue
         taken.add(name)
         image = next((p for f in ('', 'images') if (p := path.parent/f/name).is_file()), path.parent/name)
-        raws = [Raw(f'region {n}', via_class(r.get('region_attributes')), partial(draw_via, r.get('shape_attributes') or {}))
-                for n, r in enumerate(regions.values() if isinstance(regions, dict) else regions)]
+        regions = list(regions.values()) if isinstance(regions, dict) else regions
+        raws = [Raw(f'region {n}', via_class(r.get('region_attributes')), partial(draw_via, r.get('shape_attributes') or {})) for n, r in enumerate(regions) if isinstance(r, dict)]
+        if len(raws) < len(regions): part.say(image, f'{len(regions) - len(raws)} regions that are none', 'left out')
         part.entries.append(Entry(str(Path(name).with_suffix('')), image, raws))
     part.kinds = sorted({r.kind for e in part.entries for r in e.objects if r.kind}) or ['object']
     for e in part.entries:
@@ -275,7 +278,7 @@ def via_part(
         e.objects = [r for r in e.objects if r.kind]
     return part
 
-# %% ../nbs/23d_own_data.ipynb #fd92ea86
+# %% ../nbs/23d_own_data.ipynb #1c1b1469
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp')
 
 def image_files(
@@ -310,7 +313,7 @@ def mask_pairs(
         else: out.append((images[0], d/'masks'))
     return out
 
-# %% ../nbs/23d_own_data.ipynb #27b857aa
+# %% ../nbs/23d_own_data.ipynb #c4c69f64
 def mask_class(
     file, # path of a mask
     masks, # folder of the masks of its image
@@ -338,7 +341,7 @@ def masks_part(
     part.kinds = sorted({r.kind for r in raws}) or ['object']
     return part
 
-# %% ../nbs/23d_own_data.ipynb #f678398a
+# %% ../nbs/23d_own_data.ipynb #f8b55efc
 def labels_folder(
     folder, # path
 ): # path
@@ -354,7 +357,7 @@ def labels_part(
     for stem in sorted(maps.keys() - {p.stem for p in images}): part.say(maps[stem], 'label map of no image', 'add the image or remove the map', True)
     return part
 
-# %% ../nbs/23d_own_data.ipynb #1610da14
+# %% ../nbs/23d_own_data.ipynb #8a81acf6
 LAYOUTS = {
     'coco': 'annotations.json or annotations/*.json with images, annotations and categories (COCO)',
     'via': 'a json of the VGG Image Annotator beside the images',
@@ -371,7 +374,7 @@ def layout_of(
     if image_files(folder/'images'): return 'mask folders' if inner(folder/'masks') else 'label maps' if image_files(labels_folder(folder)) else None
     return 'mask folders' if any((p.parent/'masks').is_dir() for p in folder.rglob('images') if p.is_dir()) else None
 
-# %% ../nbs/23d_own_data.ipynb #ab0697b2
+# %% ../nbs/23d_own_data.ipynb #18112c4f
 SPLITS = dict(train='train', training='train', val='valid', valid='valid', validation='valid')
 
 def find(
@@ -396,7 +399,7 @@ def recognise(
     "The name of the layout"
     return find(path)[0]
 
-# %% ../nbs/23d_own_data.ipynb #9d72d32e
+# %% ../nbs/23d_own_data.ipynb #73af7cca
 def notes(
     path, # of an image
 ): # list of (fault, action)
@@ -426,7 +429,7 @@ def cut(
     size, # (H,W)
 ): # crop, y, x, box or None, list of (fault, action)
     "One object: its pixels, its box, and what was wrong with it"
-    crop, y, x = tight(raw.draw(size))
+    crop, y, x = raw.pixels or tight(raw.draw(size))
     if raw.kind == 'background': raise ValueError('an object of the class background')
     if not crop.size: raise ValueError('empty mask')
     if crop.sum() == 1: raise ValueError('object of one pixel')
@@ -436,7 +439,7 @@ def cut(
     if box is not None and (min(h, w) == 1 or max(h, w) >= 20 * min(h, w)): found.append((f'very thin, {h}x{w} pixels', 'kept'))
     return crop, y, x, box, found
 
-# %% ../nbs/23d_own_data.ipynb #691be670
+# %% ../nbs/23d_own_data.ipynb #a57e3a5d
 def from_labels(
     entry, # Entry with a label map
     size, # (H,W)
@@ -444,9 +447,9 @@ def from_labels(
     "The objects of a label map"
     path, x = entry.label_map, read_labels(entry.label_map)
     if x.shape != tuple(size): raise DataError(f"{path}: the label map is {x.shape[0]}x{x.shape[1]} but the image is {size[0]}x{size[1]}; export it in the image's size")
-    ids, pieces = np.unique(x[x > 0]), components(x > 0)[1]
-    alike = [(f'one number in {pieces} pieces', 'read as one object; if these are several, number them')] if len(ids) == 1 and pieces > 1 else []
-    return [Raw(f'object {i}', 'object', lambda size, i=i: x == i) for i in ids], alike
+    objects, ids, pieces = Instances.from_label_map(x), number(x)[0], components(x > 0)[1]
+    alike = [(f'one number in {pieces} pieces', 'read as one object; if these are several, number them')] if len(objects) == 1 and pieces > 1 else []
+    return [Raw(f'object {i}', 'object', lambda size, i=i: x == i, pixels=(c, *o)) for i, c, o in zip(ids[ids > 0], objects.crops, objects.origins.tolist())], alike
 
 def twice(
     instances, # Instances
@@ -457,7 +460,7 @@ def twice(
     same = np.triu(coco_mask.iou(rles, rles, [0] * len(rles)) > iou, 1) if rles else np.zeros((0, 0))
     return [(int(same[:, j].argmax()), j) for j in np.flatnonzero(same.any(0))]
 
-# %% ../nbs/23d_own_data.ipynb #54f0a232
+# %% ../nbs/23d_own_data.ipynb #cf2a43a5
 def look(
     entry, # Entry
     classes, # names, 'background' first
@@ -475,7 +478,7 @@ def look(
     for raw in raws:
         try: crop, y, x, box, found = cut(raw, size)
         except DataError as e: part.say(entry.path, f'{raw.where}: {from_error("", e).fault.split(": ")[-1]}', from_error('', e).action, True)
-        except ValueError as e: part.say(entry.path, f'{raw.where}: {e}', 'object dropped')
+        except (ValueError, TypeError, AttributeError) as e: part.say(entry.path, f'{raw.where}: {e}', 'object dropped')
         else:
             for fault, action in found: part.say(entry.path, f'{raw.where}: {fault}', action)
             if box is not None: kept.append((raw, crop, (y, x), box))
@@ -486,7 +489,7 @@ def look(
     objects = objects[np.setdiff1d(np.arange(len(objects)), [j for _, j in again])]
     return Sample(image, objects, entry.name), part.findings
 
-# %% ../nbs/23d_own_data.ipynb #4e39cdff
+# %% ../nbs/23d_own_data.ipynb #768c9857
 @dataclass
 class Source:
     "All that was found in a folder or zip"
@@ -514,6 +517,8 @@ def scan(
     classes = list(dict.fromkeys(['background', *(k for p in everything for k in p.kinds)]))
     entries = {split: [e for p in found for e in p.entries] for split, found in sorted(parts.items())}
     source = Source(Path(path), open_data(path), layout, entries, classes, [f for p in everything for f in p.findings])
+    beside = inner(folders['train'].parent) if 'train' in folders else []
+    source.findings += [Finding(str(d), 'a part that is neither train nor valid', 'not used') for d in beside if d not in folders.values() and layout_of(d)]
     source.findings += unknown_files(source) + same_names(source)
     return source
 
@@ -535,7 +540,7 @@ def same_names(
         if other != e.path: out.append(Finding(str(e.path), f'its name is that of {other.name}, but for case or ending', 'both kept; rename one before other systems mix them up'))
     return out
 
-# %% ../nbs/23d_own_data.ipynb #7c5c2606
+# %% ../nbs/23d_own_data.ipynb #7dfcc65a
 def inspect(
     source, # Source, gets samples and twins
     keep=lambda sample: sample, # what is kept of a sample
@@ -567,7 +572,7 @@ def examine(
     try: return inspect(scan(path), keep=lambda sample: None)
     except DataError as e: return [from_error(path, e)]
 
-# %% ../nbs/23d_own_data.ipynb #d0297bd2
+# %% ../nbs/23d_own_data.ipynb #a583a056
 def fold(
     findings, # list of Finding
     most=8, # alike
@@ -590,7 +595,7 @@ def fault_table(
     lines = ['  '.join(v.ljust(w) for v, w in zip(r, [*wide, 0])).rstrip() for r in rows] if n else []
     return '\n'.join([*lines, f'{n} fault{"s" * (n != 1)}, {stops} of them stop{"s" * (stops == 1)} the training' if n else 'no faults'])
 
-# %% ../nbs/23d_own_data.ipynb #828db8e3
+# %% ../nbs/23d_own_data.ipynb #09577c08
 def stop(
     path, # folder or zip
     findings, # list of Finding
@@ -633,7 +638,7 @@ def draw_split(
     held = {first[i] for i in chosen}
     return [e for e in entries if source.twins[e] not in held], [e for e in entries if source.twins[e] in held]
 
-# %% ../nbs/23d_own_data.ipynb #6d77a50b
+# %% ../nbs/23d_own_data.ipynb #1f9a0919
 def open_dataset(
     path, # folder or zip
     seed=0, # of the split, where there is none
@@ -658,7 +663,7 @@ def open_valid(
     stop(path, findings)
     return dataset(source, list(source.samples), findings)
 
-# %% ../nbs/23d_own_data.ipynb #57d7afbd
+# %% ../nbs/23d_own_data.ipynb #4ad47cfa
 def free_names(
     names, # of files
 ): # list of str, all different, also where case does not count
@@ -711,7 +716,7 @@ def write_copy(
     csv.writer(table, lineterminator='\n').writerows([('file', 'fault', 'action'), *((f.file, f.fault, f.action) for f in findings)])
     write_atomic(folder/'faults.csv', table.getvalue().encode())
 
-# %% ../nbs/23d_own_data.ipynb #4126cb19
+# %% ../nbs/23d_own_data.ipynb #6531d9a2
 SCALES = (.8, 1., 1.25) # at which a training piece is seen, times the enlargement
 STEPS = (1/8, 1/6, 1/4, 1/3, 1/2, 2/3, 1., 1.5, 2., 3., 4.)
 
@@ -739,7 +744,7 @@ def most_in_a_window(
 
 def round_up(x, step, least, most): return int(min(most, max(least, -(-x // step) * step)))
 
-# %% ../nbs/23d_own_data.ipynb #f2f7d58e
+# %% ../nbs/23d_own_data.ipynb #53d68586
 PAPER = ((32,), (64,), (128,), (256,), (512,)), (.5, 1., 2.)
 
 def own_anchors(
@@ -762,7 +767,7 @@ def reached(
     best = nearest_anchor_iou(boxes, sizes, ratios).amax((1, 2)) if len(boxes) else torch.zeros(0)
     return {iou: float((best >= iou).float().mean()) if len(best) else 0. for iou in (.5, .7)}
 
-# %% ../nbs/23d_own_data.ipynb #d8a7137b
+# %% ../nbs/23d_own_data.ipynb #02477760
 @dataclass(frozen=True)
 class Proposal:
     "Numbers for a model and its training, and why"

@@ -1,5 +1,5 @@
 "Data of one's own: four layouts written from the same images read alike, faults are named and left out, and everything trains"
-import csv, json, math, shutil, zipfile
+import csv, json, math, shutil, struct, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +164,10 @@ def test_halves_in_folders(write, tmp_path):
     assert sorted(train.names) == sorted(s.name for s in SAMPLES[:3]) and sorted(valid.names) == sorted(s.name for s in SAMPLES[3:])
     assert open_valid(tmp_path/'set').names == valid.names and recognise(tmp_path/'set') == WRITERS[write]
     assert sum(len(s.instances) for s in train) == sum(len(s.instances) for s in SAMPLES[:3])
+
+def test_a_third_part_is_named(tmp_path):
+    for name, part in (('train', SAMPLES[:3]), ('valid', SAMPLES[3:5]), ('test', SAMPLES[5:])): coco_rle_json(part, tmp_path/'set'/name)
+    assert [(f.file, f.action) for f in examine(tmp_path/'set')] == [('test', 'not used')] and len(open_dataset(tmp_path/'set')[0]) == 3
 
 def test_two_jsons(tmp_path):
     write_coco(SAMPLES[:4], tmp_path/'set', 'instances_train', CLASSES), write_coco(SAMPLES[4:], tmp_path/'set', 'instances_val', CLASSES)
@@ -345,14 +349,23 @@ S = SAMPLES[0].name
     (via_1, lambda p: (p/f'{S}.png').write_bytes(b'nothing'), f'{S}.png', 'cannot be read', True),
     (via_1, lambda p: save(p/'stray.png', np.zeros((9, 9), np.uint8)), 'stray.png', 'without an entry', False),
     (via_1, lambda p: change_json(p/'via_region_data.json', lambda d: d[f'{S}.png123']['regions']['0']['region_attributes'].clear()), f'{S}.png', 'region 0 has no class', True),
+    (via_2, lambda p: change_json(p/'project.json', lambda d: d['_via_img_metadata'][f'{S}.png123']['regions'].append('x')), f'images/{S}.png', '1 regions that are none', False),
+    (via_2, lambda p: change_json(p/'project.json', lambda d: d['_via_img_metadata'][f'{S}.png123']['regions'][0].update(shape_attributes=[3])), f'images/{S}.png', 'region 0: ', False),
+    (coco_polygons, lambda p: change_json(p/'annotations.json', lambda d: d['annotations'][0].update(segmentation=[3, 4, 9, 4, 9, 9])), f'images/{S}.png', 'annotation 1: numbers where a list', False),
+    (coco_polygons, lambda p: change_json(p/'annotations.json', lambda d: d['annotations'][0].update(segmentation={})), f'images/{S}.png', 'annotation 1: no segmentation', False),
     (via_2, lambda p: change_json(p/'project.json', lambda d: d['_via_img_metadata'].update(again=d['_via_img_metadata'][f'{S}.png123'])), 'project.json', 'appears twice', True)],
     ids=lambda x: x.__name__ if callable(x) and x.__name__ != '<lambda>' else x if isinstance(x, str) and ' ' in x else '')
 def test_faults_of_the_other_layouts(tmp_path, write, spoil, file, words, stops): one_fault(tmp_path, write, spoil, file, words, stops)
 
+def deep_png(pixels):
+    "A PNG of 16 bits a channel in colour, which PIL cannot write"
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', *pixels.shape[1::-1], 16, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
 def test_notes_about_image_files(tmp_path):
-    from skimage.io import imsave
-    rgb, found = SAMPLES[0].image, {}
-    imsave(tmp_path/'deep.png', rgb.astype(np.uint16) * 256)   # 16 bits a channel in colour, which PIL opens as 8
+    rgb = SAMPLES[0].image
+    (tmp_path/'deep.png').write_bytes(deep_png(rgb.astype(np.uint16) * 256))
     Image.fromarray(rgb).save(tmp_path/'turned.jpg', exif=(exif := Image.Exif()).__setitem__(274, 6) or exif)
     Image.fromarray(rgb).save(tmp_path/'plain.jpg'), Image.fromarray(rgb).save(tmp_path/'plain.png'), Image.fromarray(rgb[..., 0]).save(tmp_path/'grey.tif')
     found = {p.name: [fault for fault, _ in notes(p)] for p in tmp_path.glob('*.*')}
