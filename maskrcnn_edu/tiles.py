@@ -239,24 +239,26 @@ def picture_levels(
     image,                    # (H, W) or (H, W, C), read band by band
     percentiles=(0.5, 99.5),  # become black and white
     most=2**20,               # pixels that are looked at, about
-) -> tuple:                   # low, high
+) -> tuple:                   # low, high; (C,) each where there are not three colours
     "The levels of brightness of a whole picture"
     step = max(2, math.ceil(math.sqrt(image.shape[0] * image.shape[1] / most)))
     rows = max(1, 256 // step) * step
-    some = [np.asarray(image[y:y + rows, :])[::step, ::step].ravel() for y in range(0, image.shape[0], rows)]
-    return tuple(np.percentile(np.concatenate(some), percentiles).tolist())
+    one_by_one = image.ndim == 3 and image.shape[2] != 3   # dyes, each with levels of its own
+    some = [np.asarray(image[y:y + rows, :])[::step, ::step].reshape(-1, image.shape[2] if one_by_one else 1) for y in range(0, image.shape[0], rows)]
+    levels = np.percentile(np.concatenate(some), percentiles, axis=0)   # (2, C) or (2, 1)
+    return tuple(levels if one_by_one else levels[:, 0].tolist())
 
 # %% ../nbs/23b_tiles.ipynb #71150029
 def piece_of(
     image,        # (H, W) or (H, W, C), an array or a file
     tile: Tile,
-    white=None,   # this becomes 255, for deep pixels of a model that does not stretch
+    levels=None,  # become 0 and 255: for deep pixels of a model that does not stretch
 ) -> np.ndarray:  # (h, w, C)
     "The pixels of a tile; of a grey picture three times"
     y1, x1, y2, x2 = tile.box
     piece = np.asarray(image[y1:y2, x1:x2])
     if piece.ndim == 2: piece = np.repeat(piece[..., None], 3, 2)
-    return piece if white is None else stretch(piece, levels=(0, white))
+    return piece if levels is None else stretch(piece, levels=levels)
 
 def release():
     "Freed memory back to the system; glibc keeps it otherwise, in pieces that the next tile does not fit into, and more with each tile"
@@ -276,10 +278,10 @@ def predict_tiled(
     if image.ndim not in (2, 3) or 0 in image.shape: raise DataError(f'image: a picture is (H, W) or (H, W, C), with pixels in it, not {tuple(image.shape)}.')
     size, grid = tuple(image.shape[:2]), tile_grid(image.shape[:2], tile, overlap)
     stretches = getattr(getattr(model, 'config', None), 'stretch', False)
-    white = None if stretches or image.dtype == np.uint8 else picture_levels(image, (0, 100))[1]
+    deep = None if stretches or image.dtype == np.uint8 else picture_levels(image, (.1, 99.9))   # as `to_uint8` has it
     known = dict(levels=picture_levels(image)) if stretches and len(grid) > 1 else {}
     def sure(t):
-        found = predict(model, piece_of(image, t, white), **known)
+        found = predict(model, piece_of(image, t, deep), **known)
         return found[found.scores >= min_score]
     if len(grid) == 1: return sure(grid[0])
     parts = []
