@@ -322,7 +322,7 @@ def lazy_tiff(path):  # array of which pixels are read when asked for; None if t
     "A TIFF on the disk"
     with tifffile.TiffFile(path) as f:
         page, stack = f.pages[0], f.series[0]
-        if stack.ndim > page.ndim: raise DataError(f'{path}: holds a stack of {stack.shape[0]} pictures; save each in a file of its own.')
+        if stack.ndim > page.ndim: return None   # channels one after the other, or a stack: `read_image` tells which
         if page.axes not in ('YX', 'YXS') or page.photometric.name not in ('MINISBLACK', 'RGB'): return None
         if page.is_memmappable and not page.extrasamples: return tifffile.memmap(path, page=0, mode='r')
     picture = TiffPicture(path)

@@ -339,10 +339,7 @@ def test_the_pages_of_trace_and_grad_cam(run, tmp_path):
     assert (cam := grad_cam(eager, images[0])).pixels.shape == images.shape[-2:] and cam.pixels.max() > 0
 
 def test_pictures_of_five_channels(run, tmp_path):
-    from maskrcnn_edu.train import write_prediction
     s = run.valid[0]
-    write_prediction(tmp_path, 'a', s.image, replace(s.instances, scores=np.ones(len(s.instances), np.float32)), CLASSES)
-    with Image.open(tmp_path/'a_overlay.png') as im: assert min(im.size) >= 256
     shown = show_instances(s.image, s.instances, names=CLASSES).images[0].get_array()
     assert (shown == composite(s.image)).all() and shown.shape == (96, 96, 3)
     first = show_image(torch.tensor(s.image).permute(2, 0, 1) / 255).images[0].get_array()
@@ -411,3 +408,13 @@ def test_imagenet_weights_for_other_channels(n, monkeypatch):
     x = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
         for a, b in zip(three(x.expand(-1, 3, -1, -1)), other(x.expand(-1, n, -1, -1))): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+def test_predict_command_on_five_channels(run, folder, tmp_path):
+    from typer.testing import CliRunner
+    from maskrcnn_edu.train import app
+    file = next((folder/'images').glob('*1_0000.tif'))
+    done = CliRunner().invoke(app, ['predict', str(file), '--weights', str(run.out/'weights.safetensors'), '--out', str(tmp_path/'found'), '--min-score', '0', '--tile', '64'])
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path/'found'/f'{file.stem}_overlay.png') as im: assert im.size == (96, 96) and im.mode == 'RGB'
+    refused = CliRunner().invoke(app, ['predict', str(file), '--weights', 'shapes', '--out', str(tmp_path/'none')])
+    assert refused.exit_code == 1 and '5 channels' in refused.output and file.name in refused.output

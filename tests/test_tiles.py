@@ -185,7 +185,7 @@ def test_other_pictures(tmp_path):
     for name in ('a.png', 'a.npy', 'lzw.tif'): assert (open_picture(tmp_path/name)[5:9, 2:20] == image[5:9, 2:20]).all(), name
     assert isinstance(open_picture(tmp_path/'a.npy'), np.memmap)
 
-@pytest.mark.parametrize('name, content', [('a.tif', b'no picture'), ('a.npy', b'no array'), ('a.png', b''), ('missing.tif', None), ('stack.tif', np.zeros((3, 9, 9), np.uint8))])
+@pytest.mark.parametrize('name, content', [('a.tif', b'no picture'), ('a.npy', b'no array'), ('a.png', b''), ('missing.tif', None), ('stack.tif', np.zeros((20, 30, 40), np.uint8))])
 def test_bad_files_get_one_sentence(tmp_path, name, content):
     if isinstance(content, bytes): (tmp_path/name).write_bytes(content)
     elif content is not None: tifffile.imwrite(tmp_path/name, content, photometric='minisblack')
