@@ -5,7 +5,7 @@
 The images are stretched to one brightness and laid in shelves of one height, again and again until the mosaic is full; where a picture does not fit it is cut. Each picture, as it was cut, is also predicted alone,
 with the same levels of brightness, and its finds count as often as it was laid. Half a nucleus at the border of a picture is another object in the mosaic: two halves that meet are one, and a half beside something else may not be found at all.
 The tiles are not to blame for that, so it is kept out of the comparison: between pictures lie `--gap` pixels of the network's neutral colour, and a picture alone is predicted in a frame of as many, so that the network sees the same
-around it. Counted are all finds, and those whose centre lies at least `--rim` pixels inside their picture; and, for completeness, what is found on the images without a frame.
+around it. No pixel belongs to two finds, as in the command line. Counted are all finds, and those whose centre lies at least `--rim` pixels inside their picture; and, for completeness, what is found on the images without a frame.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -135,7 +135,7 @@ def main():
     parser.add_argument('--side', type=int, default=8192)
     parser.add_argument('--tile', type=int, default=512)
     parser.add_argument('--overlap', type=int, default=128)
-    parser.add_argument('--min-score', type=float, default=.5)
+    parser.add_argument('--min-score', type=float, help='what the model says if not given')
     parser.add_argument('--gap', type=int, default=32)
     parser.add_argument('--rim', type=int, default=16)
     parser.add_argument('--device', default='cpu')
@@ -148,6 +148,7 @@ def main():
     _, valid, kinds = load_nuclei(args.data)
     images = [stretch(s.image) for s in valid]
     model, _ = load_weights(args.weights, args.device)
+    if args.min_score is None: args.min_score = model.config.sure
     colour = np.round(255 * np.array(model.config.mean)).astype(np.uint8)
     places = lay([im.shape[:2] for im in images], args.side, args.gap)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,15 +157,14 @@ def main():
         levels = picture_levels(np.load(file, mmap_mode='r'))
         child = [sys.executable, __file__, '--predict', str(file), *(f'--{k}={getattr(args, k.replace("-", "_"))}' for k in ('weights', 'tile', 'overlap', 'min-score', 'device'))]
         run = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        found = load(file.with_suffix('.npz'), args.side)
-    single = lambda i, h, w, gap: predict_instances(model, framed(images[i][:h, :w], gap, colour), args.min_score, levels=levels)
+        found = remove_overlaps(load(file.with_suffix('.npz'), args.side), min_area=1)
+    single = lambda i, h, w, gap: remove_overlaps(predict_instances(model, framed(images[i][:h, :w], gap, colour), args.min_score, levels=levels), min_area=1)
     alone, bare = ({p: single(*p, gap) for p in dict.fromkeys(p[2:] for p in places)} for gap in (args.gap, 0))
     counts, each = compare(found, alone, places, args.rim)
     by_kind = {k: each[[kinds[valid.names[p[2]]] == k for p in places]].sum(0).tolist() for k in sorted({kinds[valid.names[p[2]]] for p in places})}
     results = run | dict(levels=levels, tiles=len(tile_grid((args.side, args.side), args.tile, args.overlap)), pictures=len(places), different=len({p[2] for p in places}), counts=counts | dict(without_frame=sum(len(bare[p[2:]]) for p in places)),
         by_kind_away_from_joints={k: dict(mosaic=a, alone=b) for k, (a, b) in by_kind.items()},
-        twice=dict(mosaic=twice(found), alone=sum(twice(alone[p[2:]]) for p in places)), seams=seams(away_from_joints(found, places), args.side, args.tile, args.overlap),
-        without_overlaps=dict(mosaic=len(remove_overlaps(found, min_area=1)), alone=sum(len(remove_overlaps(alone[p], min_area=1)) * sum(q[2:] == p for q in places) for p in alone)))
+        twice=dict(mosaic=twice(found), alone=sum(twice(alone[p[2:]]) for p in places)), seams=seams(away_from_joints(found, places), args.side, args.tile, args.overlap))
     processor = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
     about = dict(processor=processor, threads=torch.get_num_threads(), backend=cuda.backend(), python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__,
                  command='python ' + ' '.join(sys.argv), side=args.side, tile=args.tile, overlap=args.overlap, gap=args.gap, min_score=args.min_score, weights=args.weights)
