@@ -15,7 +15,7 @@ from maskrcnn_edu.tiles import TURNS, VIEWS, gather, turn_back, vote
 
 here = Path(__file__).parent
 LOOKS = {'1': VIEWS[:1], '2': VIEWS[:2], '4': TURNS, '8': VIEWS}   # as it is; and its mirror image; four quarter turns; all
-LEAST = (.2, .3, .4, .5, .6)
+LEAST = (.4, .5, .6, .7, .8, .85, .9, .95)
 
 
 def main():

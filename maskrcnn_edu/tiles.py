@@ -334,7 +334,7 @@ def open_picture(
 ):         # (H, W) or (H, W, C) array; of .npy and .tif pixels are read when asked for
     "A picture to predict in tiles"
     path = Path(path)
-    if not path.is_file(): raise DataError(f'{path}: the image is missing; check the path.')
+    if not path.exists(): raise DataError(f'{path}: the image is missing; check the path.')
     try:
         if path.suffix.lower() == '.npy': return np.load(path, mmap_mode='r')
         if path.suffix.lower() in ('.tif', '.tiff') and (picture := lazy_tiff(path)) is not None: return picture

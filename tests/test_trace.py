@@ -82,7 +82,7 @@ def test_the_model_is_left_as_it_was(batch):
     assert model.training and not model.backbone.body.bn1.training and model.notes is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
     assert not model.backbone.body._forward_hooks
-    with pytest.raises(RuntimeError): model.trace(torch.rand(1, 4, 64, 64))
+    with pytest.raises(ValueError, match="4 channels"): model.trace(torch.rand(1, 4, 64, 64))
     assert model.notes is None and model.training and not model.backbone.body._forward_hooks
 
 def test_nothing_is_kept_while_nobody_listens(model, batch):
