@@ -366,7 +366,7 @@ def predict(
     splash: Annotated[bool, typer.Option('--splash', help='also NAME_splash.png: the objects in colour, all else in grey')] = False,
     pixel_size: Annotated[float | None, typer.Option(min=1e-6, help='micrometres along a pixel: adds columns in micrometres to the csv')] = None,
     tile: Annotated[int, typer.Option(min=64, help='a picture with a longer side is predicted in tiles of so many pixels')] = 1024,
-    flips: Annotated[bool, typer.Option('--flips', help='look from four sides: better scores, four times as slow')] = False,
+    flips: Annotated[bool, typer.Option('--flips', help='look from four sides and vote; four times as slow')] = False,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
     "Objects in pictures: NAME_overlay.png, NAME_labels.tif (0 = background), NAME.csv, NAME.geojson, and instances.json (COCO) for all."
