@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing import NamedTuple
-from .boxes import clip, decode, has_size
-from .nms import nms_keep, put_first
+from .boxes import clip, clip_to, decode, has_size
+from .nms import put_first, suppress
 from .data import Instances
 from .roi_align import neighbours, whole
 
@@ -36,13 +36,23 @@ def detect(
     nms_iou=0.5,                  # boxes of one class that overlap more are one
     n_detections=100,             # D
     min_size=1e-2,                # pixels
+    window=None,                  # (4,) xyxy, where boxes are cut; None: at the border of the input
+    pixel=0.,                     # least side that cutting leaves
+    max_log=math.log(1000 / 16),  # bound of dw and dh
+    best_class=False,             # of each proposal its best class alone
+    whole_pixels=False,           # boxes are rounded
+    plus=0.,                      # NMS: added to each side
+    equal=False,                  # NMS: an overlap of `nms_iou` is enough
 ) -> Detected:
     "The detections of one image (Faster R-CNN; Mask R-CNN, section 3.1)."
     scores = class_logits.softmax(-1)[:, 1:].T                                        # (K-1, P)
-    boxes = clip(decode(box_deltas[:, 1:], proposals[:, None], weights), *image_size).transpose(0, 1)  # (K-1, P, 4)
+    boxes = decode(box_deltas[:, 1:], proposals[:, None], weights, max_log)           # (P, K-1, 4)
+    boxes = (clip(boxes, *image_size) if window is None else clip_to(boxes, window, pixel)).transpose(0, 1)   # (K-1, P, 4)
+    if whole_pixels: boxes = boxes.round()
     alive = valid & (scores > min_score) & has_size(boxes, min_size)                  # (K-1, P)
+    if best_class: alive = alive & (class_logits.argmax(-1) == torch.arange(1, class_logits.shape[-1], device=scores.device)[:, None])
     scores = torch.where(alive, scores, -torch.inf)
-    scores = torch.where(nms_keep(boxes, scores, nms_iou), scores, -torch.inf)        # (K-1, P)
+    scores = torch.where(suppress(boxes, scores, nms_iou, plus, equal), scores, -torch.inf)        # (K-1, P)
     missing = max(0, n_detections - scores.numel())
     flat, boxes = F.pad(scores.flatten(), (0, missing), value=-torch.inf), F.pad(boxes.flatten(0, 1), (0, 0, 0, missing))
     top, index = flat.topk(n_detections)                                              # (D,)

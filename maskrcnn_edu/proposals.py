@@ -6,11 +6,12 @@
 __all__ = ['top_per_level', 'Proposals', 'propose', 'best']
 
 # %% ../nbs/10_proposals.ipynb #200b720f
+import math
 import torch
 from torch import Tensor
 from typing import NamedTuple
-from .boxes import clip, decode, has_size, numbers
-from .nms import nms_keep
+from .boxes import clip, clip_to, decode, has_size, numbers
+from .nms import suppress
 
 # %% ../nbs/10_proposals.ipynb #d6f90071
 def top_per_level(
@@ -46,14 +47,23 @@ def propose(
     nms_iou=0.7,          # boxes of one level that overlap more are one
     min_size=1e-3,        # pixels
     min_score=0.,         # in 0..1
+    weights=(1., 1., 1., 1.),     # factors on the deltas
+    max_log=math.log(1000 / 16),  # bound of dw and dh
+    together=False,       # all levels compete: `n_pre` of all, one NMS
+    window=None,          # (4,) xyxy, where boxes are cut; None: at the border of the input
+    pixel=0.,             # least side that cutting leaves
+    plus=0.,              # NMS: added to each side
+    equal=False,          # NMS: an overlap of `nms_iou` is enough
 ) -> Proposals:
     "The proposals of one image (Faster R-CNN, section 3.3; FPN, section 4.1)."
+    if together: level_sizes = [sum(level_sizes)]
     index, filled = top_per_level(objectness, level_sizes, min(n_pre, max(level_sizes)))   # (L, N)
-    boxes = clip(decode(deltas[index], anchors[index]), *image_size)                       # (L, N, 4)
+    boxes = decode(deltas[index], anchors[index], weights, max_log)                        # (L, N, 4)
+    boxes = clip(boxes, *image_size) if window is None else clip_to(boxes, window, pixel)
     scores = objectness[index].sigmoid()                                                   # (L, N)
     filled = filled & has_size(boxes, min_size) & (scores >= min_score)
     scores = torch.where(filled, scores, -torch.inf)
-    scores = torch.where(nms_keep(boxes, scores, nms_iou), scores, -torch.inf)
+    scores = torch.where(suppress(boxes, scores, nms_iou, plus, equal), scores, -torch.inf)
     return best(boxes.flatten(0, 1), scores.flatten(), n_post)
 
 
