@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TORCH_PICKLE', 'STRIDES', 'grey_levels', 'fpn', 'detectron2', 'detectron', 'multimodal', 'matterport', 'torch_heads',
-           'body', 'NAMES', 'twice', 'keras', 'SYSTEMS', 'LAST', 'save_weights', 'shipped', 'find_weights',
-           'WeightsError', 'tupled', 'read_header', 'load_weights', 'from_torchvision', 'NumbersOnly', 'read_pickle',
-           'read_torch', 'read_keras', 'read_file', 'flat', 'System', 'layers_of', 'folded', 'as_frozen', 'our_order',
-           'recognise', 'count_blocks', 'translate', 'read_checkpoint', 'with_numbers']
+           'body', 'NAMES', 'twice', 'torchvision_v1', 'torchvision_v2', 'v1', 'v1_published', 'v2', 'keras', 'SYSTEMS',
+           'LAST', 'save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header', 'load_weights',
+           'from_torchvision', 'NumbersOnly', 'read_pickle', 'read_torch', 'read_keras', 'read_file', 'flat', 'System',
+           'layers_of', 'folded', 'as_frozen', 'our_order', 'recognise', 'count_blocks', 'translate', 'read_checkpoint',
+           'with_numbers']
 
 # %% ../nbs/22_checkpoints.ipynb #029cedc1
 import json
@@ -188,6 +189,7 @@ class System:
     norm: tuple = ('.weight', '.bias', '.running_mean', '.running_var')   # two: folded
     ignored: tuple = ('num_batches_tracked',)   # endings and beginnings of keys that no prediction needs
     eps: float = 1e-5             # of the norms
+    biased: bool = False          # convolutions before a norm have a bias
     bgr: bool = False             # the first convolution sees blue first
     pairs: bool = False           # the RPN has a logit for background and one for objects
     yx: bool = False              # deltas are dy dx dh dw
@@ -196,6 +198,7 @@ class System:
 # %% ../nbs/22_checkpoints.ipynb #dia00005
 def layers_of(
     blocks,    # of each stage of the ResNet
+    names,     # of the system: some layers only some have
 ):             # (our layer, our norm or None, name in the table, numbers for the name)
     "Every layer of the model."
     yield 'backbone.body.conv1', 'backbone.body.bn1', 'stem', {}
@@ -208,9 +211,12 @@ def layers_of(
         numbers = dict(i=i, n=i + 1, level=i + 2, last=blocks[i] - 1, down=3 - i, lateral=2 - i)
         yield f'backbone.fpn.inner_blocks.{i}.0', None, 'inner' if i < 3 else 'top', numbers
         yield f'backbone.fpn.layer_blocks.{i}.0', None, 'layer', numbers
-    for layer in ('rpn.head.conv.0.0', 'rpn.head.cls_logits', 'rpn.head.bbox_pred', 'box_head.fc6', 'box_head.fc7', 'box_predictor.cls_score',
-                  'box_predictor.bbox_pred', 'mask_predictor.conv5_mask', 'mask_predictor.mask_fcn_logits'): yield layer, None, layer, {}
-    for k in range(4): yield f'mask_head.{k}.0', None, 'mask_conv', dict(i=k, k=k + 1, even=2 * k)
+    for layer in ('rpn.head.conv.0.0', 'rpn.head.conv.1.0', 'rpn.head.cls_logits', 'rpn.head.bbox_pred', 'box_head.fc6', 'box_head.fc7', 'box_predictor.cls_score',
+                  'box_predictor.bbox_pred', 'mask_predictor.conv5_mask', 'mask_predictor.mask_fcn_logits'):
+        if layer in names: yield layer, None, layer, {}
+    for k in range(4):
+        if 'box_conv' in names: yield f'box_head.convs.{k}.0', None, 'box_conv', dict(i=k)
+        yield f'mask_head.{k}.0', None, 'mask_conv', dict(i=k, k=k + 1, even=2 * k)
 
 # %% ../nbs/22_checkpoints.ipynb #dia00006
 def folded(weight, bias, norm, eps):
@@ -270,16 +276,15 @@ def translate(
         if missing: raise WeightsError(f'{path}: {missing[0]} is missing, so this is not a whole checkpoint of {system.title}.')
         return [left.pop(k) for k in keys]
     out = {}
-    for layer, our_norm, name, numbers in layers_of(count_blocks(state, system)):
+    for layer, our_norm, name, numbers in layers_of(count_blocks(state, system), system.names):
         theirs = system.names[name].format(**numbers)
         weight, = take(theirs + system.conv[0])
-        bias = left.pop(theirs + system.conv[1], None)
-        if name.startswith('box_head') or name.startswith('box_pred'): weight = weight.flatten(1)
         norm_name = system.names.get(name + '_norm')
+        bias = take(theirs + system.conv[1])[0] if system.biased or not norm_name else None
+        if name.startswith(('box_head', 'box_predictor')): weight = weight.flatten(1)
         norm = take(*(norm_name.format(**numbers) + end for end in system.norm)) if norm_name else None
         if our_norm: out |= {f'{our_norm}.{k}': v for k, v in as_frozen(bias, norm, system.eps).items()}
         elif norm: weight, bias = folded(weight, bias, norm, system.eps)
-        elif bias is None: take(theirs + system.conv[1])     # says that it is missing
         out |= {layer + '.weight': weight} | ({} if our_norm else {layer + '.bias': bias})
     if left: raise WeightsError(f'{path}: {next(iter(left))} is no tensor of {system.title}\'s Mask R-CNN with FPN ({len(left)} are unknown); only this model can be read.')
     return our_order(out, system)
@@ -338,6 +343,23 @@ NAMES['matterport'] = twice(body('conv1', 'bn_conv1', 'res{stage}{letter}_branch
     | {'box_head.fc6_norm': 'mrcnn_class_bn1', 'box_head.fc7_norm': 'mrcnn_class_bn2', 'mask_conv_norm': 'mrcnn_mask_bn{k}'})
 
 # %% ../nbs/22_checkpoints.ipynb #dia00010
+torchvision_v1 = replace(fpn, stride_in_1x1=False, mean=MaskRCNNConfig.mean, std=MaskRCNNConfig.std, rpn_min_size=1e-3, min_size=1e-2,
+    conventions=Conventions(short_side=800, long_side=1333, multiple=32, resample='floats', paste='above'))
+torchvision_v2 = replace(torchvision_v1, rpn_convs=2, box_convs=4, box_layers=1)
+v1 = (body('backbone.body.conv1', 'backbone.body.bn1', 'backbone.body.layer{n}.{block}.conv{k}', 'backbone.body.layer{n}.{block}.bn{k}',
+           'backbone.body.layer{n}.{block}.downsample.0', 'backbone.body.layer{n}.{block}.downsample.1', 'backbone.fpn.inner_blocks.{i}.0',
+           'backbone.fpn.inner_blocks.{i}.0', 'backbone.fpn.layer_blocks.{i}.0')
+      | torch_heads('rpn.head.conv.0.0', 'rpn.head.cls_logits', 'rpn.head.bbox_pred', 'roi_heads.box_head.fc6', 'roi_heads.box_head.fc7',
+           'roi_heads.box_predictor.cls_score', 'roi_heads.box_predictor.bbox_pred', 'roi_heads.mask_head.{i}.0', 'roi_heads.mask_predictor.conv5_mask',
+           'roi_heads.mask_predictor.mask_fcn_logits'))
+v1_published = v1 | {'inner': 'backbone.fpn.inner_blocks.{i}', 'top': 'backbone.fpn.inner_blocks.{i}', 'layer': 'backbone.fpn.layer_blocks.{i}',
+                     'rpn.head.conv.0.0': 'rpn.head.conv', 'mask_conv': 'roi_heads.mask_head.mask_fcn{k}'}
+v2 = {k: n for k, n in v1.items() if k != 'box_head.fc7'} | {
+    'inner_norm': 'backbone.fpn.inner_blocks.{i}.1', 'top_norm': 'backbone.fpn.inner_blocks.{i}.1', 'layer_norm': 'backbone.fpn.layer_blocks.{i}.1',
+    'rpn.head.conv.1.0': 'rpn.head.conv.1.0', 'box_conv': 'roi_heads.box_head.{i}.0', 'box_conv_norm': 'roi_heads.box_head.{i}.1',
+    'box_head.fc6': 'roi_heads.box_head.5', 'mask_conv_norm': 'roi_heads.mask_head.{i}.1'}
+
+# %% ../nbs/22_checkpoints.ipynb #dia00011
 keras = dict(conv=('/kernel:0', '/bias:0'), norm=('/gamma:0', '/beta:0', '/moving_mean:0', '/moving_variance:0'))
 SYSTEMS = dict(
     detectron2=System('detectron2', 'proposal_generator.rpn_head.conv.weight', NAMES['detectron2'], detectron2, bgr=True, background_last=True,
@@ -345,11 +367,14 @@ SYSTEMS = dict(
     detectron=System('Detectron', 'conv_rpn_fpn2_w', NAMES['detectron'], detectron, ('_w', '_b'), ('_s', '_b'), bgr=True,
         ignored=('_momentum', 'lr', 'conv1_b', 'fc1000_w', 'fc1000_b', *(f'branch{b}_b' for b in ('1', '2a', '2b', '2c')))),
     detectron_pytorch=System('Detectron.pytorch', 'RPN.FPN_RPN_conv.weight', NAMES['detectron_pytorch'], detectron, norm=('.weight', '.bias'), bgr=True),
-    multimodal=System('pytorch-mask-rcnn', 'rpn.conv_shared.weight', NAMES['multimodal'], multimodal, eps=1e-3, pairs=True, yx=True),
-    matterport=System('Matterport', 'rpn_model/rpn_conv_shared/kernel:0', NAMES['matterport'], matterport, **keras, eps=1e-3, pairs=True, yx=True,
-        ignored=('Variable:0',)))
+    multimodal=System('pytorch-mask-rcnn', 'rpn.conv_shared.weight', NAMES['multimodal'], multimodal, eps=1e-3, biased=True, pairs=True, yx=True),
+    matterport=System('Matterport', 'rpn_model/rpn_conv_shared/kernel:0', NAMES['matterport'], matterport, **keras, eps=1e-3, biased=True, pairs=True, yx=True,
+        ignored=('Variable:0',)),
+    torchvision_v2=System('torchvision v2', 'rpn.head.conv.1.0.weight', v2, torchvision_v2),
+    torchvision=System('torchvision', 'rpn.head.conv.0.0.weight', v1, torchvision_v1),
+    torchvision_published=System('torchvision', 'roi_heads.mask_head.mask_fcn1.weight', v1_published, torchvision_v1))
 
-# %% ../nbs/22_checkpoints.ipynb #dia00011
+# %% ../nbs/22_checkpoints.ipynb #dia00012
 LAST = ('box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits')   # a row a class
 
 

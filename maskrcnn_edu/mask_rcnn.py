@@ -109,6 +109,8 @@ class MaskRCNNConfig:
     box_bins: int = 7
     mask_bins: int = 14
     hidden: int = 1024                  # width of the box head
+    box_convs: int = 0                  # of the box head, and
+    box_layers: int = 2                 # its fully connected layers, 1 or 2
     mask_channels: int = 256
     min_score: float = 0.05             # detections
     nms_iou: float = 0.5
@@ -202,7 +204,7 @@ class MaskRCNN(Noting, nn.Module):
                        loss=dict(beta=c.rpn_beta, n_class=c.rpn_sample * v.fixed_class, n_box=c.rpn_sample * v.fixed_box, box_mean=v.box_mean),
                        filter=dict(max_log=v.max_log, together=v.together, pixel=float(v.last_pixel), plus=v.nms_plus, equal=v.nms_equal),
                        anchors=dict(rounded=v.rounded, from_cell=v.from_cell, strides=v.strides))
-        self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden), BoxPredictor(c.hidden, c.n_classes)
+        self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden, c.box_convs, c.box_layers), BoxPredictor(c.hidden, c.n_classes)
         self.mask_head, self.mask_predictor = MaskHead(c.channels, c.mask_channels), MaskPredictor(c.mask_channels, c.mask_channels, c.n_classes)
         self.pool = partial(pyramid_crop if v.crop else pool, **differing(c, pool_rule))
         self.build_targets = partial(build_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
@@ -246,12 +248,17 @@ class MaskRCNN(Noting, nn.Module):
         truth = normalise(boxes, *image_size) if c.conventions.normalised else boxes
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, truth, labels, masks, noise.head)
         self.note(gt=dict(boxes=boxes, labels=labels, masks=masks), rpn_targets=rpn_targets, proposals=p, head_targets=targets)
+        return self.losses(features, image_size, rpn, rpn_targets, targets, place)
+
+    def losses(self, features, image_size, rpn, rpn_targets, targets, place=None, active=None) -> dict[str, Tensor]:
+        "The five losses on samples that were drawn; `active` is for `box_loss`."
+        c = self.config
         class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size, place)
         m = min(c.n_masks, targets.target_masks.shape[1])   # positives stand in the first M slots
         mask_labels = targets.labels[:, :m]
         mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size, place)
         losses = {**self.rpn.losses(rpn, rpn_targets),
-                  **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta, c.conventions.box_mean),
+                  **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta, c.conventions.box_mean, active),
                   **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
         self.note(losses=losses)
         return losses

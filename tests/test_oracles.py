@@ -1,22 +1,20 @@
 "Other programs' checkpoints in our model: at every stage the numbers that those programs recorded. `pytest tests/test_oracles.py --oracles DIR`."
 import importlib.util, json
-from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from maskrcnn_edu.boxes import box_iou, denormalise, normalise
-from maskrcnn_edu.box_loss import box_loss
+from maskrcnn_edu.boxes import denormalise, normalise
 from maskrcnn_edu.checkpoints import SYSTEMS, WeightsError, read_file, translate
+from maskrcnn_edu.head_targets import HeadTargets, corner_masks, polygon_masks, within
 from maskrcnn_edu.learner import placed, predict_instances
-from maskrcnn_edu.mask_loss import mask_loss
-from maskrcnn_edu.mask_rcnn import MaskRCNN, Place
+from maskrcnn_edu.mask_rcnn import MaskRCNN
 from maskrcnn_edu.nms import suppress
 from maskrcnn_edu.roi_align import roi_level
-from maskrcnn_edu.rpn import RPNOutput
+from maskrcnn_edu.rpn_targets import RPNTargets
 
 STAGES = 1e-4       # of an array's largest magnitude
 GRADIENTS = 1e-3
@@ -276,3 +274,155 @@ def test_objects_in_the_picture(case):
     iou = np.where(union, (ours & theirs).sum((1, 2)) / np.maximum(union, 1), 1)
     print(f'{case.name} masks: least IoU {iou.min():.4f}, pixels {(ours != theirs).sum()}')
     assert iou.min() >= .98
+
+
+# ---- training ----
+
+def unpacked(case, name, width):
+    "Masks as 0 or 1, float."
+    return torch.tensor(np.unpackbits(case.golden[name], axis=-1)[..., :width]).float()
+
+
+def ternary(case, labels):
+    "Recorded labels of anchors as ours: 1, 0 negative, -1 not asked."
+    return torch.where(labels == 1, 1, torch.where(labels == 0, -1, 0)) if case.system.yx else labels.long()
+
+
+def truth(case, crowd=False):
+    "Boxes and labels of the recorded truth, in the network's input."
+    boxes, labels = case.boxes('train_gt_boxes'), case.last_first(case['matchcrowd_class_ids' if crowd else 'train_gt_class_ids'].long())
+    return (boxes + torch.tensor([0, 0, 1, 1])) * case.input[1].pixel if case.v.last_pixel else boxes, labels
+
+
+def all_anchors(case, crowd=False):
+    "What every anchor should say, none left out."
+    boxes, labels = truth(case, crowd)
+    n = len(case.rpn.anchors)
+    window = None if case.v.crossing else case.input[1].window[0].round()
+    return case.model.rpn.build_targets(case.rpn.anchors, boxes, labels, torch.zeros(n), n_sample=2 * n, window=window)
+
+
+def test_anchors_are_labelled(case):
+    targets = all_anchors(case)
+    if 'match_labels' in case:
+        recorded = ternary(case, case['match_labels'])
+        assert torch.equal(targets.labels, recorded)
+        case.close('match_deltas', targets.target_deltas[recorded == 1][:, case.xyxy])
+    sampled = ternary(case, case['train_rpn_match'])
+    assert (targets.labels[sampled == 1] == 1).all() and (targets.labels[sampled == 0] == 0).all()
+    if 'train_rpn_deltas' in case: case.close('train_rpn_deltas', targets.target_deltas[sampled == 1])
+    assert (sampled == 1).sum() == min((targets.labels == 1).sum(), 128)
+
+
+def test_anchors_near_a_crowd(case):
+    if 'matchcrowd_labels' not in case: pytest.skip(f'{case.name} records no crowd')
+    targets, recorded = all_anchors(case, crowd=True), ternary(case, case['matchcrowd_labels'])
+    assert torch.equal(targets.labels, recorded)
+    case.close('matchcrowd_deltas', targets.target_deltas[recorded == 1][:, case.xyxy])
+
+
+def setups(case): return ('mini', 'full', 'padded') if 'train_padded_rois' in case else ('mini', 'full') if 'train_mini_rois' in case else ('',)
+
+
+def drawn(case, setup):
+    "Recorded rois, labels, deltas and masks of the target stage, positives first."
+    name = lambda x: f'train_{setup}_{x}' if setup else f'train_{x}'
+    rois, labels = case.second_stage(case.boxes(name('rois')))[0], case.last_first(case[name('class_ids')].long())
+    deltas, masks = case.boxes(name('deltas')), unpacked(case, name('masks_packed'), 28)
+    order, positive = (labels <= 0).long().argsort(stable=True), labels > 0
+    full = torch.zeros(len(labels), 4)
+    full[positive] = deltas[positive] if len(deltas) == len(labels) else deltas
+    masks = masks[positive] if len(masks) == len(labels) else masks
+    return rois[order], labels[order], full[order], masks
+
+
+def target_stage(case, setup):
+    "What our target stage makes of the recorded proposals and truth."
+    c, (boxes, labels) = case.model.config, truth(case)
+    n = dict(n_rois=c.n_rois, positive_fraction=c.positive_fraction)
+    if 'train_config' in case.info:
+        other = case.info['train_config'][setup]
+        n = dict(n_rois=other['TRAIN_ROIS_PER_IMAGE'], positive_fraction=other['ROI_POSITIVE_RATIO'], negatives=1 / other['ROI_POSITIVE_RATIO'] - 1)
+    proposals = case.second_stage(case.boxes('train_proposals'))[0] if 'train_proposals' in case else case.boxes('train_proposals_px')
+    if case.v.normalised: boxes, proposals = normalise(boxes, *case.size), normalise(proposals, *case.size)
+    if 'train_gt_polygons' in case:
+        pixel, polygons = case.input[1].pixel, case.golden['train_gt_polygons']
+        masks = torch.zeros(len(boxes), 1, 1)
+        n['crop'] = lambda masks, index, rois, size, aligned: polygon_masks([polygons[i] for i in index], (rois - torch.tensor([0, 0, 1, 1]) * pixel) / pixel, size)
+    elif setup in ('mini', 'padded'):
+        masks = unpacked(case, 'train_gt_mini_packed', 56)
+        n['crop'] = lambda masks, index, rois, size, aligned: corner_masks(masks, index, within(rois, boxes[index]), size, normalised=True)
+    else: masks = unpacked(case, 'train_gt_masks_packed', case.golden['train_gt_masks_shape'][-1])
+    return case.model.build_targets(proposals, torch.ones(len(proposals), dtype=torch.bool), boxes, labels, masks, torch.zeros(len(proposals) + len(boxes)), **n)
+
+
+def test_rois_and_their_targets(case):
+    for setup in setups(case):
+        rois, labels, deltas, masks = drawn(case, setup)
+        ours, unit = target_stage(case, setup), 1 / case.size[0] if case.v.normalised else 1
+        filled = (ours.labels >= 0).nonzero()[:, 0]
+        real = (rois[:, 2:] > rois[:, :2]).all(1)        # Matterport fills up with zeros
+        assert real.sum() == len(filled), setup
+        apart = torch.cdist(rois[real], ours.rois[filled], p=torch.inf)
+        index = filled[apart.argmin(1)]
+        assert apart.amin(1).max() <= 1e-2 * unit and len(index.unique()) == len(filled), setup
+        assert torch.equal(ours.labels[index], labels[real]), setup
+        positive = labels[real] > 0
+        case.close(f'train_{setup}_deltas', ours.target_deltas[index][positive], theirs=deltas[real][positive])
+        wrong = (ours.target_masks[index[positive]] != masks).float().mean((1, 2))
+        print(f'{case.name} {setup} masks: {(wrong > 0).sum()} of {len(wrong)} differ, at most in {wrong.max():.2%} of their bins')
+        assert wrong.max() <= .002, setup
+
+
+class Step(nn.Module):
+    "The five losses on recorded samples, as a function of the weights."
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, place, labels, deltas, *samples, active=None):
+        features, size = self.model.features(images), images.shape[-2:]
+        rpn = self.model.rpn(features, size)
+        return self.model.losses(features, size, rpn, RPNTargets(labels[None], deltas[None]), HeadTargets(*(s[None] for s in samples)), place, active)
+
+
+def samples(case, setup):
+    "What the losses were computed on."
+    labels = ternary(case, case['train_rpn_match'])
+    deltas = all_anchors(case).target_deltas.clone()
+    if 'train_rpn_bbox' in case: deltas[labels == 1] = case.boxes('train_rpn_bbox')[:(labels == 1).sum()]
+    active = case['train_active_class_ids'].bool() if 'train_active_class_ids' in case else None
+    return (*case.input, labels, deltas, *drawn(case, setup)), active
+
+
+def compare(case, name, losses):
+    for loss, ours, theirs in zip(case.info['losses_order'], losses.values(), case[name]):
+        error = abs(ours.item() - theirs.item()) / max(abs(theirs.item()), 1e-12)
+        print(f'{case.name} {name} {loss} {error:.1e}')
+        assert error <= STAGES, f'{name} {loss}: {ours.item()}, recorded {theirs.item()}'
+
+
+def test_losses(case):
+    step = Step(case.model)
+    for setup in setups(case)[1:]:
+        args, active = samples(case, setup)
+        with torch.no_grad(): compare(case, f'train_{setup}_losses', step(*args, active=active))
+    if 'train_inactive_losses' in case:
+        with torch.no_grad(): compare(case, 'train_inactive_losses', step(*samples(case, 'mini')[0], active=case['train_inactive_class_flags'].bool()))
+
+
+def test_gradients(case):
+    setup = setups(case)[0]
+    args, active = samples(case, setup)
+    state = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in case.state.items()}
+    ours = {f'model.{k}': v for k, v in translate(state, case.system).items()}      # gradients go through the translation
+    losses = torch.func.functional_call(Step(case.model), ours, args, dict(active=active))
+    compare(case, f'train_{setup}_losses' if setup else 'train_losses', losses)
+    sum(losses.values()).backward()
+    for name in [k for k in case.golden.files if k.startswith('grad|')]:
+        g = state[name.removeprefix('grad|')].grad
+        if case.inventory['container']['kind'] == 'keras_h5': g = g.permute({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[g.ndim])
+        flat = g.flatten()
+        case.close(name, flat[::max(1, len(flat) // 64)][:64], GRADIENTS)
+        norm = float(case.golden[name.replace('grad|', 'gradnorm|')])
+        assert abs(flat.norm().item() - norm) <= GRADIENTS * norm, name
