@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'maskrcnn_edu.nuclei.submission_csv': ('nuclei.html#submission_csv', 'maskrcnn_edu/nuclei.py')},
             'maskrcnn_edu.proposals': { 'maskrcnn_edu.proposals.Proposals': ('proposals.html#proposals', 'maskrcnn_edu/proposals.py'),
                                         'maskrcnn_edu.proposals.best': ('proposals.html#best', 'maskrcnn_edu/proposals.py'),
+                                        'maskrcnn_edu.proposals.by_score': ('proposals.html#by_score', 'maskrcnn_edu/proposals.py'),
                                         'maskrcnn_edu.proposals.propose': ('proposals.html#propose', 'maskrcnn_edu/proposals.py'),
                                         'maskrcnn_edu.proposals.top_per_level': ( 'proposals.html#top_per_level',
                                                                                   'maskrcnn_edu/proposals.py')},

@@ -303,9 +303,9 @@ detectron = replace(fpn, **grey_levels(122.7717, 115.9465, 102.9801), box_beta=1
 multimodal = replace(fpn, **grey_levels(123.7, 116.8, 103.9), layers=(3, 4, 23, 3), ratios=(2., 1., .5), rpn_channels=512, rpn_weights=(10., 10., 5., 5.),
     rpn_beta=1., box_beta=1., n_pre=6000, n_pre_predict=6000, n_rois=200, positive_fraction=.33, min_score=.7, nms_iou=.3,
     conventions=Conventions(short_side=800, long_side=1024, square=True, black=True, same_pool=True, strides=STRIDES, rounded=False, max_log=math.inf,
-                            in_padding=True, together=True, nms_plus=1., nms_equal=True, crop=True, level_nudge=(0., 0.), level_nearest=True, best_class=True,
+                            in_padding=True, together=True, stable=False, nms_plus=1., nms_equal=True, crop=True, level_nudge=(0., 0.), level_nearest=True, best_class=True,
                             whole_pixels=True, paste='stretched', whole_boxes='down', ties=False, add_truth=False, negatives_by_fraction=True, box_mean=True))
-matterport = replace(multimodal, aligned=True, conventions=replace(multimodal.conventions, resample='truncated', normalised=True, nms_plus=0., nms_equal=False,
+matterport = replace(multimodal, aligned=True, conventions=replace(multimodal.conventions, resample='truncated', normalised=True, stable=True, nms_plus=0., nms_equal=False,
     whole_pixels=False, paste='bins', whole_boxes='nearest', ties=True))
 
 # %% ../nbs/22_checkpoints.ipynb #dia00009
@@ -386,7 +386,10 @@ def read_checkpoint(
     state = read_file(path)
     system = recognise(state, path)
     layers, state = count_blocks(state, system), translate(state, system, path)
-    config = with_numbers(system.config, layers=layers, n_classes=len(state['box_predictor.cls_score.bias']), **numbers)
+    shape = lambda layer: state[layer + '.weight'].shape
+    sizes = dict(layers=layers, n_classes=shape('box_predictor.cls_score')[0], width=shape('backbone.body.conv1')[0], channels=shape('backbone.fpn.inner_blocks.0.0')[0],
+                 rpn_channels=shape('rpn.head.conv.0.0')[0], hidden=shape('box_head.fc6')[0], mask_channels=shape('mask_head.0.0')[0])
+    config = with_numbers(system.config, **sizes | numbers)
     return system, state, config
 
 

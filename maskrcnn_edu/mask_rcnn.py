@@ -46,7 +46,8 @@ class Conventions:
     normalised: bool = False      # boxes are parts of the picture, and a pixel shorter
     last_pixel: bool = False      # boxes name their last pixel: ROIAlign reads to there; a pixel of the *picture* after the proposals
     in_padding: bool = False      # proposals may lie where there is no picture
-    together: bool = False        # proposals of all levels compete
+    together: bool = False        # proposals of all levels compete, by scores
+    stable: bool = True           # of equal scores the first anchor wins; otherwise whichever torch.sort leaves in front
     nms_plus: float = 0.          # NMS: added to each side
     nms_equal: bool = False       # NMS: an overlap of just the threshold is enough
     crop: bool = False            # crop and resize in place of ROIAlign
@@ -202,7 +203,7 @@ class MaskRCNN(Noting, nn.Module):
         self.rpn = RPN(c.channels, c.sizes, c.ratios, c.rpn_sample, c.rpn_positive_fraction, c.rpn_positive_iou, c.rpn_negative_iou, c.rpn_nms_iou,
                        c.rpn_min_size, c.rpn_channels, c.rpn_convs, c.rpn_weights, targets=dict(ties=v.ties), normalised=v.normalised,
                        loss=dict(beta=c.rpn_beta, n_class=c.rpn_sample * v.fixed_class, n_box=c.rpn_sample * v.fixed_box, box_mean=v.box_mean),
-                       filter=dict(max_log=v.max_log, together=v.together, pixel=float(v.last_pixel), plus=v.nms_plus, equal=v.nms_equal),
+                       filter=dict(max_log=v.max_log, together=v.together, stable=v.stable, pixel=float(v.last_pixel), plus=v.nms_plus, equal=v.nms_equal),
                        anchors=dict(rounded=v.rounded, from_cell=v.from_cell, strides=v.strides))
         self.box_head, self.box_predictor = BoxHead(c.channels, c.box_bins, c.hidden, c.box_convs, c.box_layers), BoxPredictor(c.hidden, c.n_classes)
         self.mask_head, self.mask_predictor = MaskHead(c.channels, c.mask_channels), MaskPredictor(c.mask_channels, c.mask_channels, c.n_classes)
