@@ -17,9 +17,10 @@ def cell_anchors(
     ratios=(0.5, 1., 2.),  # height / width
     rounded=True,          # whole half-sides, as torchvision's weights expect
     device='cpu',          # where the anchors are made
+    dtype=None,            # of the anchors; None: torch's default
 ) -> Tensor:               # (len(ratios) * len(sizes), 4) xyxy around the origin
     "The anchors of one cell, centred on (0, 0)."
-    sizes, ratios = (numbers(x, torch.empty(0, device=device)) for x in (sizes, ratios))
+    sizes, ratios = (numbers(x, torch.empty(0, device=device, dtype=dtype)) for x in (sizes, ratios))
     height = (ratios.sqrt()[:, None] * sizes).flatten()
     width = (sizes / ratios.sqrt()[:, None]).flatten()
     half = torch.stack([-width, -height, width, height], 1) / 2
@@ -48,12 +49,13 @@ def pyramid_anchors(
     device='cpu',                                # where the anchors are made
     strides=None,                                # pixels between cells, one a level; None: the image's rows and columns by the map's
     from_cell=False,                             # anchors of `window_anchors`
+    dtype=None,                                  # of the anchors; None: torch's default
 ) -> Tensor:                                     # (A, 4) xyxy
     "The anchors of all levels (FPN, section 4.1)."
     if len(sizes) != len(feature_sizes):
         raise ValueError(f'sizes has {len(sizes)} levels but there are {len(feature_sizes)} feature maps: give one tuple of sizes a map.')
     steps = [(image_size[0] // h, image_size[1] // w) for h, w in feature_sizes] if strides is None else [(s, s) for s in strides]
-    cells = [window_anchors(size, ratios, step[0], device) if from_cell else cell_anchors(size, ratios, rounded, device) for size, step in zip(sizes, steps)]
+    cells = [window_anchors(size, ratios, step[0], device) if from_cell else cell_anchors(size, ratios, rounded, device, dtype) for size, step in zip(sizes, steps)]
     return torch.cat([grid_anchors(*level) for level in zip(cells, feature_sizes, steps)])
 
 # %% ../nbs/03_anchors.ipynb #f7d74e0f

@@ -304,9 +304,9 @@ multimodal = replace(fpn, **grey_levels(123.7, 116.8, 103.9), layers=(3, 4, 23, 
     rpn_beta=1., box_beta=1., n_pre=6000, n_pre_predict=6000, n_rois=200, positive_fraction=.33, min_score=.7, nms_iou=.3,
     conventions=Conventions(short_side=800, long_side=1024, square=True, black=True, same_pool=True, strides=STRIDES, rounded=False, max_log=math.inf,
                             in_padding=True, together=True, stable=False, nms_plus=1., nms_equal=True, crop=True, level_nudge=(0., 0.), level_nearest=True, best_class=True,
-                            whole_pixels=True, paste='stretched', whole_boxes='down', ties=False, add_truth=False, negatives_by_fraction=True, box_mean=True))
+                            whole_pixels=True, paste='stretched', whole_boxes='down', ties=False, exact_targets=True, add_truth=False, negatives_by_fraction=True, box_mean=True))
 matterport = replace(multimodal, aligned=True, conventions=replace(multimodal.conventions, resample='truncated', normalised=True, stable=True, nms_plus=0., nms_equal=False,
-    whole_pixels=False, paste='bins', whole_boxes='nearest', ties=True))
+    whole_pixels=False, paste='bins', whole_boxes='nearest', ties=True, mask_least=1e-7))
 
 # %% ../nbs/22_checkpoints.ipynb #dia00009
 torch_heads = lambda conv, logits, deltas, fc6, fc7, score, box, mask_conv, deconv, mask: {

@@ -26,6 +26,7 @@ from .proposals import Proposals
 from .resnet import ResNet, TINY
 from .roi_align import pyramid_crop, pyramid_roi_align
 from .rpn import RPN, RPNOutput
+from .rpn_targets import RPNTargets
 from .trace import Noting, Trace, in_eval, listening
 
 # %% ../nbs/19_mask_rcnn.ipynb #5b5d3901
@@ -59,12 +60,14 @@ class Conventions:
     paste: str = 'bins'           # 'bins', 'above' (more than the threshold), 'stretched' (between its own extremes)
     whole_boxes: str = ''         # boxes in the picture: '' exact, 'down', 'nearest'
     ties: bool = True             # all anchors that are equally best for an object are positive; otherwise the first
+    exact_targets: bool = False   # of the anchors, made in 64 bits
     crossing: bool = True         # anchors that leave the picture learn too
     add_truth: bool = True        # the true boxes are among the rois
     negatives_by_fraction: bool = False    # background rois in proportion to the positive ones
     hard_masks: bool = False      # mask targets are 0 or 1
     fixed_class: bool = False     # RPN: the class loss is divided by the anchors that should take part
     fixed_box: bool = False       # RPN: the box loss likewise
+    mask_least: float = 0.        # mask loss: the probability of neither answer is taken to be less than this
     box_mean: bool = False        # box losses are means over the positives' numbers
 
 # %% ../nbs/19_mask_rcnn.ipynb #854dc6fa
@@ -201,7 +204,7 @@ class MaskRCNN(Noting, nn.Module):
         c = config
         self.backbone = Backbone(ResNet(c.layers, c.bottleneck, c.width, NORMS[c.norm], c.stride_in_1x1, v.same_pool), c.channels)
         self.rpn = RPN(c.channels, c.sizes, c.ratios, c.rpn_sample, c.rpn_positive_fraction, c.rpn_positive_iou, c.rpn_negative_iou, c.rpn_nms_iou,
-                       c.rpn_min_size, c.rpn_channels, c.rpn_convs, c.rpn_weights, targets=dict(ties=v.ties), normalised=v.normalised,
+                       c.rpn_min_size, c.rpn_channels, c.rpn_convs, c.rpn_weights, targets=dict(ties=v.ties), normalised=v.normalised, exact=v.exact_targets,
                        loss=dict(beta=c.rpn_beta, n_class=c.rpn_sample * v.fixed_class, n_box=c.rpn_sample * v.fixed_box, box_mean=v.box_mean),
                        filter=dict(max_log=v.max_log, together=v.together, stable=v.stable, pixel=float(v.last_pixel), plus=v.nms_plus, equal=v.nms_equal),
                        anchors=dict(rounded=v.rounded, from_cell=v.from_cell, strides=v.strides))
@@ -244,7 +247,7 @@ class MaskRCNN(Noting, nn.Module):
         "Frames *RPN* and *Head* in training, from the feature maps on."
         c, rpn = self.config, self.ask(features, image_size)
         if noise is None: noise = self.draw_noise(len(boxes), len(rpn.anchors), c.n_post + boxes.shape[1], boxes)
-        rpn_targets = self.rpn.targets(rpn, boxes, labels, noise.rpn, None if c.conventions.crossing or place is None else place.window.round())
+        rpn_targets = self.label(rpn, boxes, labels, noise.rpn, place)
         p = self.propose(rpn, c.n_pre, c.n_post, place)
         truth = normalise(boxes, *image_size) if c.conventions.normalised else boxes
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, truth, labels, masks, noise.head)
@@ -260,7 +263,7 @@ class MaskRCNN(Noting, nn.Module):
         mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size, place)
         losses = {**self.rpn.losses(rpn, rpn_targets),
                   **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta, c.conventions.box_mean, active),
-                  **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m])}
+                  **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m], c.conventions.mask_least)}
         self.note(losses=losses)
         return losses
 
@@ -283,6 +286,12 @@ class MaskRCNN(Noting, nn.Module):
         rpn = self.rpn(features, image_size)
         self.note(features=features, anchors=rpn.anchors, objectness=rpn.objectness, deltas=rpn.deltas, level_sizes=rpn.level_sizes)
         return rpn
+
+    def label(self, rpn, boxes, labels, noise, place=None) -> RPNTargets:
+        "What every anchor should have said."
+        v = self.config.conventions
+        if v.last_pixel and place is not None: boxes = boxes - far(place.pixel - 1)      # a pixel of the input, up to the proposals
+        return self.rpn.targets(rpn, boxes, labels, noise, None if v.crossing or place is None else place.window.round())
 
     def propose(self, rpn, n_pre, n_post, place) -> Proposals:
         "Proposals, as the second stage reads them."

@@ -25,6 +25,7 @@ class RPNOutput(NamedTuple):
     deltas: Tensor       # (B, A, 4)
     image_size: tuple    # (H, W) of the network's input
     level_sizes: tuple   # anchors of each level
+    exact: Tensor | None = None   # (A, 4) the anchors in 64 bits, where targets are to be made with them
 
 
 class RPN(nn.Module):
@@ -47,6 +48,7 @@ class RPN(nn.Module):
         filter=None,                                    # more for `propose`, and
         anchors=None,                                   # more for `pyramid_anchors`
         normalised=False,                               # boxes are moved as parts of the picture, and proposals are given so
+        exact=False,                                    # targets are made in 64 bits: of anchors that overlap alike, another one is the best
     ):
         super().__init__()
         self.head = RPNHead(channels, len(sizes[0]) * len(ratios), hidden, convs)
@@ -55,7 +57,7 @@ class RPN(nn.Module):
                                      positive_iou=positive_iou, negative_iou=negative_iou, weights=weights, **targets or {})
         self.loss = partial(rpn_loss, **loss or {})
         self.propose_one = partial(propose, nms_iou=nms_iou, min_size=min_size, weights=weights, **filter or {})
-        self.normalised = normalised
+        self.normalised, self.exact = normalised, exact
 
     def forward(self,
         features: list[Tensor],  # P2..P6
@@ -64,9 +66,9 @@ class RPN(nn.Module):
         "Ask every anchor."
         objectness, deltas = self.head(features)                         # (B, A), (B, A, 4)
         feature_sizes = [tuple(f.shape[-2:]) for f in features]
-        anchors = self.make_anchors(image_size, feature_sizes, device=deltas.device).to(deltas)
+        anchors = self.make_anchors(image_size, feature_sizes, device=deltas.device, dtype=torch.float64 if self.exact else None)
         per_cell = self.head.cls_logits.out_channels
-        return RPNOutput(anchors, objectness, deltas, tuple(image_size), tuple(h * w * per_cell for h, w in feature_sizes))
+        return RPNOutput(anchors.to(deltas), objectness, deltas, tuple(image_size), tuple(h * w * per_cell for h, w in feature_sizes), anchors if self.exact else None)
 
     def targets(self,
         out: RPNOutput,
@@ -76,8 +78,10 @@ class RPN(nn.Module):
         windows=None,    # (B, 4): anchors that leave it are not asked
     ) -> RPNTargets:     # labels (B, A), target_deltas (B, A, 4)
         "What every anchor should have said."
-        one = lambda boxes, labels, noise, window: self.build_targets(out.anchors, boxes, labels, noise, window=window)
-        return torch.vmap(one, in_dims=(0, 0, 0, None if windows is None else 0))(boxes, labels, noise, windows)
+        anchors = out.anchors if out.exact is None else out.exact
+        one = lambda boxes, labels, noise, window: self.build_targets(anchors, boxes, labels, noise, window=window)
+        t = torch.vmap(one, in_dims=(0, 0, 0, None if windows is None else 0))(boxes.to(anchors), labels, noise, windows)
+        return t._replace(target_deltas=t.target_deltas.to(out.anchors))
 
     def losses(self,
         out: RPNOutput,

@@ -1,6 +1,6 @@
 "Other programs' checkpoints in our model: at every stage the numbers that those programs recorded. `pytest tests/test_oracles.py --oracles DIR`."
 import importlib.util, json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 import numpy as np
 import pytest
@@ -297,9 +297,11 @@ def truth(case, crowd=False):
 def all_anchors(case, crowd=False):
     "What every anchor should say, none left out."
     boxes, labels = truth(case, crowd)
-    n = len(case.rpn.anchors)
-    window = None if case.v.crossing else case.input[1].window[0].round()
-    return case.model.rpn.build_targets(case.rpn.anchors, boxes, labels, torch.zeros(n), n_sample=2 * n, window=window)
+    n, rpn = len(case.rpn.anchors), case.model.rpn
+    sampled, rpn.build_targets = rpn.build_targets, partial(rpn.build_targets, n_sample=2 * n)
+    targets = case.model.label(case.rpn, boxes[None], labels[None], torch.zeros(1, n), case.input[1])
+    rpn.build_targets = sampled
+    return RPNTargets(*(t[0] for t in targets))
 
 
 def test_anchors_are_labelled(case):
@@ -352,7 +354,7 @@ def target_stage(case, setup):
     elif setup in ('mini', 'padded'):
         masks = unpacked(case, 'train_gt_mini_packed', 56)
         n['crop'] = lambda masks, index, rois, size, aligned: corner_masks(masks, index, within(rois, boxes[index]), size, normalised=True)
-    else: masks = unpacked(case, 'train_gt_masks_packed', case.golden['train_gt_masks_shape'][-1])
+    else: masks = unpacked(case, 'train_gt_masks_packed', case.golden['train_gt_masks_shape'][-1] if 'train_gt_masks_shape' in case else case.size[1])
     return case.model.build_targets(proposals, torch.ones(len(proposals), dtype=torch.bool), boxes, labels, masks, torch.zeros(len(proposals) + len(boxes)), **n)
 
 
