@@ -78,7 +78,7 @@ def crop_masks(
     cols = axis_weights(rois[:, 0], rois[:, 2], size, masks.shape[2], aligned)   # (M, S, W)
     return rows @ masks[index].to(rois) @ cols.transpose(1, 2)                # (M, S, S)
 
-
+# %% ../nbs/13_head_targets.ipynb #df85c5f6
 def corner_masks(
     masks: Tensor,     # (G, H, W)
     index: Tensor,     # (M,) which mask each roi sees

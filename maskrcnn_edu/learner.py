@@ -664,7 +664,7 @@ def placed(
     top, left = ((height - h) // 2, (width - w) // 2) if v.square else (0, 0)
     out = (torch.zeros_like(model.mean) if v.black else model.mean).expand(3, height, width).clone()
     out[:, top:top + h, left:left + w] = torch.tensor(np.asarray(x), device=device).permute(2, 0, 1) / 255
-    if v.last_pixel: h, w = (n * factor for n in image.shape[:2])     # not rounded
+    if v.in_picture: h, w = (n * factor for n in image.shape[:2])     # not rounded
     window = torch.tensor([[left, top, left + w, top + h]], dtype=torch.float32, device=device)
     return out[None], Place(window, torch.full((1,), factor, device=device))
 

@@ -45,7 +45,8 @@ class Conventions:
     strides: tuple | None = None  # anchors: pixels between cells; None: as the maps have them
     max_log: float = math.log(1000 / 16)   # bound of dw and dh
     normalised: bool = False      # boxes are parts of the picture, and a pixel shorter
-    last_pixel: bool = False      # boxes name their last pixel: ROIAlign reads to there; a pixel of the *picture* after the proposals
+    last_pixel: bool = False      # boxes name their last pixel, and ROIAlign reads to there
+    in_picture: bool = False      # after the proposals, a pixel is one of the picture, not of the input
     in_padding: bool = False      # proposals may lie where there is no picture
     together: bool = False        # proposals of all levels compete, by scores
     stable: bool = True           # of equal scores the first anchor wins; otherwise whichever torch.sort leaves in front
@@ -290,16 +291,16 @@ class MaskRCNN(Noting, nn.Module):
     def label(self, rpn, boxes, labels, noise, place=None) -> RPNTargets:
         "What every anchor should have said."
         v = self.config.conventions
-        if v.last_pixel and place is not None: boxes = boxes - far(place.pixel - 1)      # a pixel of the input, up to the proposals
+        if v.in_picture and place is not None: boxes = boxes - far(place.pixel - 1)      # a pixel of the input, up to the proposals
         return self.rpn.targets(rpn, boxes, labels, noise, None if v.crossing or place is None else place.window.round())
 
     def propose(self, rpn, n_pre, n_post, place) -> Proposals:
         "Proposals, as the second stage reads them."
         v = self.config.conventions
         windows = None if place is None or v.in_padding else place.window
-        if v.normalised or v.last_pixel: windows = whole_window(rpn, v.normalised)
+        if v.normalised or v.last_pixel and windows is None: windows = whole_window(rpn, v.normalised)
         p = self.rpn.propose(rpn, n_pre, n_post, windows)
-        if v.last_pixel and place is not None: p = p._replace(boxes=p.boxes + far(place.pixel - 1))
+        if v.in_picture and place is not None: p = p._replace(boxes=p.boxes + far(place.pixel - 1))
         return p
 
     def keep(self, p, class_logits, box_deltas, image_size, place) -> Detected:
@@ -307,7 +308,7 @@ class MaskRCNN(Noting, nn.Module):
         v, one = self.config.conventions, partial(self.filter, image_size=tuple(image_size))
         if place is None: return torch.vmap(one)(p.boxes, p.valid, class_logits, box_deltas)
         windows = normalise(place.window, *image_size) if v.normalised else place.window
-        pixel = place.pixel * v.last_pixel
+        pixel = (place.pixel if v.in_picture else torch.ones_like(place.pixel)) * v.last_pixel
         return torch.vmap(lambda *args: one(*args[:-2], window=args[-2], pixel=args[-1]))(p.boxes, p.valid, class_logits, box_deltas, windows, pixel)
 
     def look_again(self, features, found, image_size) -> Tensor:
@@ -334,7 +335,7 @@ class MaskRCNN(Noting, nn.Module):
     def roi_align(self, features, rois, size, image_size, filled, place=None) -> Tensor:
         "Pieces of P2..P5; P6 is for the RPN only. Empty slots cost nothing and stay 0."
         c = self.config
-        if c.conventions.last_pixel: rois = rois - far(rois.new_ones(len(rois)) if place is None else place.pixel)
+        if c.conventions.last_pixel: rois = rois - far(place.pixel if c.conventions.in_picture and place is not None else rois.new_ones(len(rois)))
         return self.pool(features[:4], rois, size, image_size, c.sampling, c.aligned, c.canonical_size, filled)
 
     def draw_noise(self, n_images, n_anchors, n_candidates, like: Tensor) -> Noise:
