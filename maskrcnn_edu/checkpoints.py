@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'SYSTEMS', 'LAST', 'save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header',
            'load_weights', 'from_torchvision', 'NumbersOnly', 'read_pickle', 'read_torch', 'read_keras', 'read_file',
            'flat', 'System', 'layers_of', 'folded', 'as_frozen', 'our_order', 'recognise', 'count_blocks', 'translate',
-           'read_checkpoint', 'with_numbers']
+           'read_checkpoint', 'with_numbers', 'class_names', 'convert']
 
 # %% ../nbs/22_checkpoints.ipynb #029cedc1
 import json
@@ -425,3 +425,22 @@ def from_checkpoint(cls: MaskRCNN,
     try: model.load_state_dict({k: model.state_dict()[k] if k in fresh else v for k, v in state.items()})
     except RuntimeError as e: raise WeightsError(f'{path}: a tensor has another shape than this model\'s ({str(e).splitlines()[-1].strip()}).') from None
     return model.eval()
+
+# %% ../nbs/22_checkpoints.ipynb #dia00025
+def class_names(
+    n: int,           # K, with background
+) -> list[str]:
+    "COCO's names where there are 81 classes, or 91 with the numbers that COCO does not use; otherwise numbers."
+    coco = ['background', *MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories'][1:]]
+    return {91: coco, 81: [c for c in coco if c != 'N/A']}.get(n) or ['background', *(f'class {i}' for i in range(1, n))]
+
+
+def convert(
+    path,          # checkpoint of another program
+    out,           # file to write, .safetensors
+    half=False,    # 16-bit floats: half the size
+) -> MaskRCNN:
+    "Another program's checkpoint as a file of ours, with its rules in the header."
+    model = MaskRCNN.from_checkpoint(path)
+    save_weights(model, out, class_names(model.config.n_classes), half)
+    return model

@@ -9,8 +9,8 @@ __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'RESAMPLE', 'turn', 'res
            'instance_block', 'colour', 'instance_dls', 'show_pairs', 'show_batch', 'TotalLoss', 'PassTargets', 'Detect',
            'loss_of_each', 'LossParts', 'losses_of', 'sum_over_ranks', 'EpochSeed', 'ShareBatches', 'rank_loader',
            'split_model', 'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
-           'LossInterpretation', 'as_bytes', 'as_floats', 'by_factor', 'truncated', 'half_up', 'fitted', 'placed',
-           'to_picture', 'to_input', 'from_place', 'predict_instances', 'Stages', 'heads_first', 'PredictionPicture',
+           'LossInterpretation', 'to_input', 'from_place', 'predict_instances', 'as_bytes', 'as_floats', 'by_factor',
+           'truncated', 'half_up', 'fitted', 'placed', 'to_picture', 'Stages', 'heads_first', 'PredictionPicture',
            'diagram_boxes', 'EMA', 'FrozenNorm', 'raw_model', 'SaveState', 'history_csv', 'plain', 'save_atomic',
            'find_state', 'load_state']
 
@@ -610,6 +610,46 @@ class LossInterpretation(Interpretation):
         images, found, truth, decoded, losses = super().__getitem__(idxs)
         return images, found, (truth,), decoded, losses
 
+# %% ../nbs/20_learner.ipynb #b8521f9f
+def to_input(
+    image: np.ndarray,   # (H, W, 3) uint8
+    model: MaskRCNN,
+    multiple=64,         # the sides become multiples of this, pixels
+) -> Tensor:             # (1, 3, H', W') in 0..1
+    "A picture as the model wants it."
+    if model.config.stretch: image = stretch(image)
+    image = enlarged(image, model.config.enlarge)
+    size = image.shape[:2]
+    x = torch.tensor(image, device=model.mean.device).permute(2, 0, 1) / 255       # (3, H, W)
+    h, w = (-(-n // multiple) * multiple for n in size)
+    out = model.mean.expand(3, h, w).clone()
+    out[:, :size[0], :size[1]] = x
+    return out[None]
+
+
+def from_place(boxes, labels, scores, masks, window, size, min_score, config) -> Instances:
+    "Detections in the network's input as objects in the picture, by the model's conventions."
+    v = config.conventions
+    boxes = clip(to_picture(boxes, window, size, v), *size)
+    labels = torch.where(has_size(boxes, 1e-30), labels, 0)       # nothing is left of it
+    last = torch.tensor([0, 0, 1, 1], device=boxes.device) * v.last_pixel
+    found = to_instances(boxes - last, labels, scores, masks, size, min_score, aligned=config.aligned, paste=v.paste)
+    return replace(found, boxes=found.boxes + last.cpu().numpy())
+
+
+def predict_instances(
+    model: MaskRCNN,
+    image: np.ndarray,   # (H, W, 3) uint8, any size
+    min_score=0.,        # less sure than this is left out
+) -> Instances:          # with scores
+    "The objects in a picture, at the size of the picture."
+    was_training, v = model.training, model.config.conventions
+    images, place = placed(image, model) if v.short_side else (to_input(image, model), None)
+    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(images, place))
+    model.train(was_training)
+    if place: return from_place(boxes, *rest, place.window[0], image.shape[:2], min_score, model.config)
+    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
+
 # %% ../nbs/20_learner.ipynb #90ca0e92
 def as_bytes(image, size, factor): return np.asarray(Image.fromarray(image).resize(size[::-1], Image.BILINEAR))
 
@@ -682,46 +722,6 @@ def to_picture(
         ratio = torch.tensor(size[::-1]).to(window) / window
         boxes = boxes * (ratio.min() if v.square else ratio.repeat(2))
     return {'': boxes, 'down': boxes.trunc(), 'nearest': boxes.round()}[v.whole_boxes].float()
-
-# %% ../nbs/20_learner.ipynb #b8521f9f
-def to_input(
-    image: np.ndarray,   # (H, W, 3) uint8
-    model: MaskRCNN,
-    multiple=64,         # the sides become multiples of this, pixels
-) -> Tensor:             # (1, 3, H', W') in 0..1
-    "A picture as the model wants it."
-    if model.config.stretch: image = stretch(image)
-    image = enlarged(image, model.config.enlarge)
-    size = image.shape[:2]
-    x = torch.tensor(image, device=model.mean.device).permute(2, 0, 1) / 255       # (3, H, W)
-    h, w = (-(-n // multiple) * multiple for n in size)
-    out = model.mean.expand(3, h, w).clone()
-    out[:, :size[0], :size[1]] = x
-    return out[None]
-
-
-def from_place(boxes, labels, scores, masks, window, size, min_score, config) -> Instances:
-    "Detections in the network's input as objects in the picture, by the model's conventions."
-    v = config.conventions
-    boxes = clip(to_picture(boxes, window, size, v), *size)
-    labels = torch.where(has_size(boxes, 1e-30), labels, 0)       # nothing is left of it
-    last = torch.tensor([0, 0, 1, 1], device=boxes.device) * v.last_pixel
-    found = to_instances(boxes - last, labels, scores, masks, size, min_score, aligned=config.aligned, paste=v.paste)
-    return replace(found, boxes=found.boxes + last.cpu().numpy())
-
-
-def predict_instances(
-    model: MaskRCNN,
-    image: np.ndarray,   # (H, W, 3) uint8, any size
-    min_score=0.,        # less sure than this is left out
-) -> Instances:          # with scores
-    "The objects in a picture, at the size of the picture."
-    was_training, v = model.training, model.config.conventions
-    images, place = placed(image, model) if v.short_side else (to_input(image, model), None)
-    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(images, place))
-    model.train(was_training)
-    if place: return from_place(boxes, *rest, place.window[0], image.shape[:2], min_score, model.config)
-    return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)
 
 # %% ../nbs/20_learner.ipynb #dac39cd9
 class Stages(Callback):
