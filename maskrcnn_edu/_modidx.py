@@ -599,6 +599,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maskrcnn_edu.mask_rcnn.group_norm': ('mask_rcnn.html#group_norm', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.pool_rule': ('mask_rcnn.html#pool_rule', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.target_rule': ('mask_rcnn.html#target_rule', 'maskrcnn_edu/mask_rcnn.py'),
+                                        'maskrcnn_edu.mask_rcnn.where': ('mask_rcnn.html#where', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.whole_window': ( 'mask_rcnn.html#whole_window',
                                                                                  'maskrcnn_edu/mask_rcnn.py')},
             'maskrcnn_edu.nms': { 'maskrcnn_edu.nms._': ('nms.html#_', 'maskrcnn_edu/nms.py'),

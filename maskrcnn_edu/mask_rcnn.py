@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SHAPES', 'Conventions', 'MaskRCNNConfig', 'group_norm', 'Detections', 'Noise', 'Place', 'pool_rule',
-           'target_rule', 'filter_rule', 'far', 'whole_window', 'differing', 'MaskRCNN', 'GradCAM', 'grad_cam']
+           'target_rule', 'filter_rule', 'where', 'far', 'whole_window', 'differing', 'MaskRCNN', 'GradCAM', 'grad_cam']
 
 # %% ../nbs/19_mask_rcnn.ipynb #c621e6f4
 import math
@@ -175,6 +175,11 @@ def filter_rule(c):
     return dict(min_size=c.min_size, max_log=v.max_log, best_class=v.best_class, whole_pixels=v.whole_pixels, plus=v.nms_plus, equal=v.nms_equal)
 
 
+def where(place) -> tuple:
+    "The place as a last argument where there is one: a part that was put in need not know of it."
+    return () if place is None else (place,)
+
+
 def far(pixel: Tensor) -> Tensor:   # (B, 1, 4)
     "A shift of the far corner by `pixel` (B,)."
     return pixel[:, None, None] * numbers([0, 0, 1, 1], pixel)
@@ -258,10 +263,10 @@ class MaskRCNN(Noting, nn.Module):
     def losses(self, features, image_size, rpn, rpn_targets, targets, place=None, active=None) -> dict[str, Tensor]:
         "The five losses on samples that were drawn; `active` is for `box_loss`."
         c = self.config
-        class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size, place)
+        class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size, *where(place))
         m = min(c.n_masks, targets.target_masks.shape[1])   # positives stand in the first M slots
         mask_labels = targets.labels[:, :m]
-        mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size, place)
+        mask_logits = self.mask_branch(features, targets.rois[:, :m], mask_labels > 0, image_size, *where(place))
         losses = {**self.rpn.losses(rpn, rpn_targets),
                   **box_loss(class_logits, box_deltas, targets.labels, targets.target_deltas, c.box_beta, c.conventions.box_mean, active),
                   **mask_loss(mask_logits, mask_labels, targets.target_masks[:, :m], c.conventions.mask_least)}
@@ -273,10 +278,10 @@ class MaskRCNN(Noting, nn.Module):
         c, rpn = self.config, self.ask(features, image_size)
         p = self.propose(rpn, c.n_pre_predict, c.n_post_predict, place)
         self.note(proposals=p)
-        class_logits, box_deltas = self.box_branch(features, p.boxes, p.valid, image_size, place)
+        class_logits, box_deltas = self.box_branch(features, p.boxes, p.valid, image_size, *where(place))
         found = self.keep(p, class_logits, box_deltas, image_size, place)
         for _ in range(c.box_passes - 1): found = found._replace(boxes=self.look_again(features, found, image_size))
-        mask_logits = self.mask_branch(features, found.boxes, found.labels > 0, image_size, place)
+        mask_logits = self.mask_branch(features, found.boxes, found.labels > 0, image_size, *where(place))
         if c.conventions.normalised: found = found._replace(boxes=denormalise(found.boxes, *image_size))
         detections = Detections(*found, of_class(mask_logits, found.labels).sigmoid())
         self.note(detections=detections)
@@ -320,14 +325,14 @@ class MaskRCNN(Noting, nn.Module):
 
     def box_branch(self, features, rois, filled, image_size, place=None) -> tuple[Tensor, Tensor]:
         "ROIAlign 7x7, box head, predictor: class_logits (B, R, K), box_deltas (B, R, K, 4)."
-        roi_features = self.roi_align(features, rois, self.config.box_bins, image_size, filled, place)
+        roi_features = self.roi_align(features, rois, self.config.box_bins, image_size, filled, *where(place))
         class_logits, box_deltas = self.box_predictor(self.box_head(roi_features))
         self.note(rois=rois, filled=filled, roi_features=roi_features, class_logits=class_logits, box_deltas=box_deltas)
         return class_logits, box_deltas
 
     def mask_branch(self, features, rois, filled, image_size, place=None) -> Tensor:
         "ROIAlign 14x14, mask head, predictor: mask_logits (B, M, K, 28, 28)."
-        mask_features = self.roi_align(features, rois, self.config.mask_bins, image_size, filled, place)
+        mask_features = self.roi_align(features, rois, self.config.mask_bins, image_size, filled, *where(place))
         mask_logits = predict_masks(self.mask_head, self.mask_predictor, mask_features, filled)
         self.note(mask_rois=rois, mask_filled=filled, mask_features=mask_features, mask_logits=mask_logits)
         return mask_logits
