@@ -645,7 +645,7 @@ def predict_instances(
     "The objects in a picture, at the size of the picture."
     was_training, v = model.training, model.config.conventions
     images, place = placed(image, model) if v.short_side else (to_input(image, model), None)
-    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(images, place))
+    boxes, *rest = (to_float(t[0]) for t in model.eval().predict(images, *([place] if place else [])))
     model.train(was_training)
     if place: return from_place(boxes, *rest, place.window[0], image.shape[:2], min_score, model.config)
     return to_instances(boxes / model.config.enlarge, *rest, image.shape[:2], min_score, aligned=model.config.aligned)

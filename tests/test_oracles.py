@@ -19,6 +19,7 @@ from maskrcnn_edu.rpn_targets import RPNTargets
 
 STAGES = 1e-4       # of an array's largest magnitude
 GRADIENTS = 1e-3
+KERAS = 5e-3        # gradients through probabilities of 32 bits: above a logit of 16.6, exp(x) + 1 is rounded to even, and TensorFlow's own bins are clipped or not by chance
 
 
 def recipe(folder):
@@ -442,6 +443,7 @@ def test_gradients(case):
         g = state[name.removeprefix('grad|')].grad
         if case.inventory['container']['kind'] == 'keras_h5': g = g.permute({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[g.ndim])
         flat = g.flatten()
-        case.close(name, flat[::max(1, len(flat) // 64)][:64], GRADIENTS)
+        tolerance = KERAS if case.v.mask_least else GRADIENTS
+        case.close(name, flat[::max(1, len(flat) // 64)][:64], tolerance)
         norm = float(case.golden[name.replace('grad|', 'gradnorm|')])
-        assert abs(flat.norm().item() - norm) <= GRADIENTS * norm, name
+        assert abs(flat.norm().item() - norm) <= tolerance * norm, name
