@@ -52,6 +52,7 @@ class RPN(nn.Module):
     ):
         super().__init__()
         self.head = RPNHead(channels, len(sizes[0]) * len(ratios), hidden, convs)
+        self.sizes, self.ratios = sizes, ratios
         self.make_anchors = partial(pyramid_anchors, sizes=sizes, ratios=ratios, **anchors or {})
         self.build_targets = partial(rpn_targets, n_sample=n_sample, positive_fraction=positive_fraction,
                                      positive_iou=positive_iou, negative_iou=negative_iou, weights=weights, **targets or {})
