@@ -22,8 +22,16 @@ GRADIENTS = 1e-3
 KERAS = 5e-3        # gradients through probabilities of 32 bits: above a logit of 16.6, exp(x) + 1 is rounded to even, and TensorFlow's own bins are clipped or not by chance
 
 
-def recipe(folder):
-    spec = importlib.util.spec_from_file_location('make_weights', folder/'make_weights.py')
+shared = Path(__file__).resolve().parent.parent.parent/'shared/oracles'
+
+
+def beside(recording, name):
+    "A file that belongs to a recording: in its folder, or where ours are."
+    return recording.parent/name if (recording.parent/name).is_file() else shared/name
+
+
+def recipe(file):
+    spec = importlib.util.spec_from_file_location('make_weights', file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -40,23 +48,24 @@ def numbers(system, c):
         t = c['TEST']
         return dict(short_side=t['SCALE'], long_side=t['MAX_SIZE'], min_score=t['SCORE_THRESH'], nms_iou=t['NMS'], rpn_nms_iou=t['RPN_NMS_THRESH'],
                     n_pre_predict=t['RPN_PRE_NMS_TOP_N'], n_post_predict=t['RPN_POST_NMS_TOP_N'], n_detections=t['DETECTIONS_PER_IM'])
-    return dict(short_side=c['IMAGE_MIN_DIM'], long_side=c['IMAGE_MAX_DIM'], min_score=c['DETECTION_MIN_CONFIDENCE'], nms_iou=c['DETECTION_NMS_THRESHOLD'],
+    return dict(sizes=tuple((s,) for s in c['RPN_ANCHOR_SCALES']), short_side=c['IMAGE_MIN_DIM'], long_side=c['IMAGE_MAX_DIM'], min_score=c['DETECTION_MIN_CONFIDENCE'], nms_iou=c['DETECTION_NMS_THRESHOLD'],
                 rpn_nms_iou=c['RPN_NMS_THRESHOLD'], n_post_predict=c['POST_NMS_ROIS_INFERENCE'], n_detections=c['DETECTION_MAX_INSTANCES'])
 
 
 class Case:
     "A system's checkpoint in our model, and its recording."
-    def __init__(self, folder, system, scratch):
-        self.name, self.system = system, SYSTEMS[system]
-        self.inventory, self.golden = json.loads((folder/f'{system}.json').read_text()), np.load(folder/f'{system}.npz')
+    def __init__(self, recording, scratch):
+        self.golden = np.load(recording)
         self.info = json.loads(str(self.golden['info']))
-        make, kind = recipe(folder), self.inventory['container']['kind']
+        self.name, self.system = self.info['system'], SYSTEMS[self.info['system']]
+        self.inventory = json.loads(beside(recording, f'{self.name}.json').read_text())
+        make, kind = recipe(beside(recording, 'make_weights.py')), self.inventory['container']['kind']
         file = scratch/self.inventory['container']['file'].replace('*', '')
         weights = make.make(self.inventory, self.info['seed'])
         assert make.digest(weights) == self.info['weights_sha256'], 'the recipe for the weights was not followed'
         make.WRITERS[kind](self.inventory, weights, file)
         try:
-            self.model = MaskRCNN.from_checkpoint(file, **numbers(system, self.info['config']))
+            self.model = MaskRCNN.from_checkpoint(file, **numbers(self.name, self.info['config']))
             self.state = read_file(file)
         finally: file.unlink()
         self.v = self.model.config.conventions
@@ -120,15 +129,15 @@ class Case:
 def pytest_generate_tests(metafunc):
     if 'case' not in metafunc.fixturenames: return
     folder = Path(metafunc.config.getoption('oracles'))
-    found = [s for s in SYSTEMS if (folder/f'{s}.npz').is_file() and (folder/f'{s}.json').is_file()]
+    found = [p for p in sorted(folder.glob('*.npz')) if beside(p, 'make_weights.py').is_file() and p.stem.startswith(tuple(SYSTEMS))]
     absent = pytest.param(None, marks=pytest.mark.skip(reason=f'no recordings in {folder}; give their folder with --oracles'))
-    metafunc.parametrize('case', [pytest.param(s, marks=pytest.mark.xdist_group(s)) for s in found] or [absent], indirect=True, scope='session')
+    metafunc.parametrize('case', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem), id=p.stem) for p in found] or [absent], indirect=True, scope='session')
 
 
 @pytest.fixture(scope='session')
 def case(request, tmp_path_factory):
     torch.manual_seed(0)
-    return Case(Path(request.config.getoption('oracles')), request.param, tmp_path_factory.mktemp(request.param))
+    return Case(request.param, tmp_path_factory.mktemp(request.param.stem))
 
 
 def test_every_entry_of_the_inventory_is_used_once(case):
