@@ -19,6 +19,7 @@ from torch import Tensor
 import maskrcnn_edu
 from .data import write_atomic
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig
+from .resnet import spread_channels
 
 # %% ../nbs/22_checkpoints.ipynb #1d38f0d2
 def save_weights(
@@ -77,7 +78,7 @@ def read_header(
         numbers = json.loads(header['config'])
         if numbers.pop('frozen_norm', False): numbers['norm'] = 'frozen'   # as the first version wrote it
         return MaskRCNNConfig(**{k: tupled(v) for k, v in numbers.items()}), json.loads(header['classes'])
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'{path}: its header cannot be read ({e}); it was written by another version of maskrcnn_edu.') from None
 
 
@@ -100,11 +101,13 @@ def load_weights(
 # %% ../nbs/22_checkpoints.ipynb #2d92694a
 def from_torchvision(
     state: dict[str, Tensor],   # of maskrcnn_resnet50_fpn
+    in_channels=3,              # of the images; with another number the first convolution gets the mean over the colours
 ) -> dict[str, Tensor]:         # for MaskRCNN with the default configuration
     "torchvision's names for the weights turned into ours."
-    missing = [k for k in ('rpn.head.conv.0.0.weight', 'roi_heads.mask_predictor.conv5_mask.weight') if k not in state]
+    first = 'backbone.body.conv1.weight'
+    missing = [k for k in ('rpn.head.conv.0.0.weight', 'roi_heads.mask_predictor.conv5_mask.weight', first) if k not in state]
     if missing: raise WeightsError(f'state: {missing[0]} is missing, so this is not the state dict of torchvision\'s maskrcnn_resnet50_fpn.')
-    return {k.replace('roi_heads.', ''): v for k, v in state.items()}
+    return {k.replace('roi_heads.', ''): v for k, v in state.items()} | {first: spread_channels(state[first], in_channels)}
 
 # %% ../nbs/22_checkpoints.ipynb #dia00001
 import math, pickle

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['CLASSES', 'LEVELS', 'IMAGE_ERRORS', 'DataError', 'Instances', 'tight', 'crop_boxes', 'number', 'runs', 'Sample',
            'draw_mask', 'Level', 'thin', 'place_shapes', 'stripes', 'draw_shapes', 'paint', 'modal', 'make_shapes',
-           'Fault', 'InstanceDataset', 'to_uint8', 'read_image', 'rgb', 'write_atomic', 'png_bytes', 'coco_dict',
+           'Fault', 'InstanceDataset', 'to_uint8', 'is_tiff', 'picture_axes', 'open_tiff', 'layout', 'unpack_tiff',
+           'read_tiff', 'read_image', 'rgb', 'write_atomic', 'png_bytes', 'image_bytes', 'image_name', 'coco_dict',
            'write_coco', 'CocoImage', 'load_json', 'by_id', 'find_images', 'image_size', 'coco_image', 'unpack_counts',
            'coco_rle', 'read_mask', 'fit_box', 'four_numbers', 'read_object', 'CocoReader', 'read_coco', 'check_size',
            'cache_folder', 'file_key', 'check_members', 'build_folder', 'open_data', 'unpack', 'split_files', 'join',
            'same_classes', 'load_splits', 'make_shapes_data', 'shapes_folder', 'check', 'probe']
 
 # %% ../nbs/02_shapes.ipynb #28b04ae4
-import hashlib, io, json, math, os, shutil, stat, struct, tempfile, warnings, zipfile, zlib
+import hashlib, io, json, logging, math, os, shutil, stat, struct, tempfile, warnings, zipfile, zlib
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, ImageSequence
 from pycocotools import mask as coco_mask
 from scipy.ndimage import find_objects
 
@@ -174,7 +177,7 @@ CLASSES = ['background', 'square', 'circle', 'triangle']
 @dataclass
 class Sample:
     "One image and its objects"
-    image: np.ndarray # (H,W,3) uint8
+    image: np.ndarray # (H,W,3) uint8, or (H,W,C)
     instances: Instances # the objects
     name: str # names the image in reports and outputs
 
@@ -343,22 +346,124 @@ class InstanceDataset:
 # %% ../nbs/02_shapes.ipynb #d4884421
 def to_uint8(
     pixels, # (H,W) or (H,W,C), more than 8 bits
+    percentiles=(.1, 99.9), # become 0 and 255
+    dyes=False, # scale each channel alone? (colours keep their relation)
 ): # same shape, uint8
-    "Deep pixels scaled so that the brightest is 255 (a 12-bit camera often writes 16-bit files)"
-    return (pixels.astype(np.float64).clip(0) * (255 / max(pixels.max(), 1))).round().astype(np.uint8)
+    "Deep pixels in 8 bits; a few hot pixels do not make the others black"
+    if dyes: return np.stack([to_uint8(c, percentiles) for c in np.moveaxis(pixels, -1, 0)], -1)  # (H,W,C)
+    known = pixels[np.isfinite(pixels)]  # floats may have holes
+    if not len(known): return np.zeros(pixels.shape, np.uint8)
+    low, high = np.percentile(known.astype(np.float64), percentiles)
+    if low == high: low, high = float(known.min()), float(known.max())  # hardly a pixel differs from the rest
+    x = (pixels - np.float64(low)) / ((high - low) or 1)
+    return (np.nan_to_num(x, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+# %% ../nbs/02_shapes.ipynb #99ca1f02
+def is_tiff(
+    file, # path or open file
+): # bool
+    "Whether its first bytes say so"
+    with open(file, 'rb') if isinstance(file, (str, Path)) else nullcontext(file) as f:
+        f.seek(0)
+        head = f.read(4)
+        f.seek(0)
+    return head in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+
+def picture_axes(
+    axes, # a letter an axis, as tifffile tells them
+    shape, # of the pixels
+    name, # for messages
+    most=16, # channels, where the file does not tell what its third axis is
+): # list of 2 or 3 numbers: the axis of rows, of columns, of channels
+    "Where rows, columns and channels are"
+    long = [i for i, n in enumerate(shape) if n > 1 or axes[i] in 'YX']
+    other = [i for i in long if axes[i] not in 'YX']
+    if len(long) == 2 and not other: return long
+    if len(long) == 3 and len(other) == 1:
+        letter = axes[other[0]]
+        channel = other[0] if letter in 'CS' else min(long, key=lambda i: (shape[i], i not in other))
+        if letter in 'CS' or letter in 'QI' and shape[channel] <= most: return [i for i in long if i != channel] + [channel]
+    raise DataError(f"{name}: this is a stack ({'x'.join(map(str, shape))}, axes {axes}), and one picture is needed; save each plane, or the maximum over all planes, as a file of its own (channels need the axes CYX)")
+
+# %% ../nbs/02_shapes.ipynb #dac206fe
+@contextmanager
+def open_tiff(
+    file, # path or open file
+    name, # for messages
+): # TiffFile
+    "A TIFF file; of one that was cut short tifffile gives what is left and a line in its log, so the log is read too"
+    said, log, listener = [], logging.getLogger('tifffile'), logging.Handler()
+    listener.emit, propagate = lambda record: said.append(record.getMessage()), log.propagate
+    log.addHandler(listener); log.propagate = False
+    try:
+        with tifffile.TiffFile(file) as tif:
+            tif.series  # looks at every page
+            if faults := [m for m in said for word in ('invalid page', 'failed to', 'corrupt', 'missing') if word in m]: raise ValueError(faults[0])
+            yield tif
+    except DataError: raise
+    except Exception as e: raise DataError(f'{name}: the image cannot be read ({e}); replace it or remove its entry') from None
+    finally:
+        log.removeHandler(listener); log.propagate = propagate
+
+def layout(
+    tif, # open TiffFile
+    name, # for messages
+): # series of tifffile, axes of its rows, columns and channels
+    "The first picture of a TIFF"
+    series = tif.series[0]
+    if len(tif.series) > 1 and tif.series[1].shape == series.shape: raise DataError(f'{name}: there are {len(tif.series)} pictures in this file, and one is needed; save each as a file of its own')
+    order = picture_axes(series.axes, series.shape, name)
+    if math.prod(series.shape) > 4 * Image.MAX_IMAGE_PIXELS: raise DataError(f'{name}: {series.shape} pixels are more than are read at once; cut the image into pieces')
+    return series, order
+
+# %% ../nbs/02_shapes.ipynb #8488e364
+def unpack_tiff(
+    series, # of tifffile
+    file, # path or open file
+    name, # for messages
+): # pixels, in the shape of the series
+    "Pixels of a TIFF; packings that tifffile has no code for are left to PIL, which reads one channel a page"
+    try: return series.asarray()
+    except ValueError as e:
+        if 'imagecodecs' not in str(e): raise
+        try:
+            with Image.open(file) as im: return np.stack([np.asarray(page) for page in ImageSequence.Iterator(im)]).reshape(series.shape)
+        except IMAGE_ERRORS: raise DataError(f'{name}: {e}; install it with pip, or save the image without compression') from None
+
+def read_tiff(
+    file, # path or open file
+    name, # for messages
+): # (H,W,3) or (H,W,C) uint8; None for a plain picture of 8 bits, which PIL reads as well
+    "The picture in a TIFF"
+    with open_tiff(file, name) as tif:
+        (series, order), page = layout(tif, name), tif.pages[0]
+        alpha = sum(int(e) in (1, 2) for e in page.extrasamples)
+        coloured = page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+        simple = len(order) == 2 or page.samplesperpixel > 1 and (coloured or page.samplesperpixel == 1 + alpha)
+        if simple and page.bitspersample in (1, 8) and series.dtype.kind in 'bu': return None
+        pixels = unpack_tiff(series, file, name).transpose(order + [i for i in range(len(series.shape)) if i not in order])
+    pixels = pixels.reshape(*pixels.shape[:2], -1)  # (H,W,C)
+    if pixels.dtype.kind not in 'uif': raise DataError(f'{name}: its pixels are of the type {pixels.dtype}; save them as whole numbers or floats')
+    pixels = pixels[..., :pixels.shape[-1] - alpha]
+    if pixels.dtype != np.uint8: pixels = to_uint8(pixels, dyes=not coloured)
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE: pixels = 255 - pixels
+    return np.ascontiguousarray(pixels if pixels.shape[-1] > 1 else pixels.repeat(3, -1))
+
+# %% ../nbs/02_shapes.ipynb #db95bf63
 def read_image(
     file, # path or open file
     name=None, # for messages
-): # (H,W,3) uint8
-    "An image file as RGB pixels"
+): # (H,W,3) uint8; (H,W,C) from a TIFF of C channels
+    "An image file as RGB pixels, or the channels of a microscope"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
+            if is_tiff(file) and (pixels := read_tiff(file, name or file)) is not None: return pixels
             with Image.open(file) as im: return rgb(im)
     except FileNotFoundError: raise DataError(f'{name or file}: the image is missing; add the file or remove its entry') from None
+    except DataError: raise
     except IMAGE_ERRORS as e:
         raise DataError(f'{name or file}: the image cannot be read ({e}); replace it or remove its entry') from None
 
@@ -390,6 +495,21 @@ def png_bytes(
     Image.fromarray(image).save(out, 'PNG', compress_level=9)
     return out.getvalue()
 
+def image_bytes(
+    image, # (H,W,C) uint8
+): # bytes
+    "A PNG file of three channels, a TIFF file of any other number"
+    if image.shape[-1] == 3: return png_bytes(image)
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.moveaxis(image, -1, 0), photometric='minisblack', metadata=dict(axes='CYX'))
+    return out.getvalue()
+
+def image_name(
+    sample, # Sample
+): # str
+    "The name of its file"
+    return f"{sample.name}.{'png' if sample.image.shape[-1] == 3 else 'tif'}"
+
 def coco_dict(
     samples, # list of Sample
     classes, # names, 'background' first
@@ -397,7 +517,7 @@ def coco_dict(
     "Images, objects and classes as COCO's json wants them"
     images, annotations = [], []
     for i, s in enumerate(samples, 1):
-        images.append(dict(id=i, file_name=f'{s.name}.png', height=int(s.image.shape[0]), width=int(s.image.shape[1])))
+        images.append(dict(id=i, file_name=image_name(s), height=int(s.image.shape[0]), width=int(s.image.shape[1])))
         for box, label, crop, rle in zip(s.instances.boxes, s.instances.labels, s.instances.crops, s.instances.rles()):
             x1, y1, x2, y2 = map(float, box)
             annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=int(label), iscrowd=0,
@@ -412,7 +532,7 @@ def write_coco(
 ): # path of the json
     "Samples as a COCO folder; the same samples give the same bytes"
     folder, samples = Path(folder), list(samples)
-    for s in samples: write_atomic(folder/'images'/f'{s.name}.png', png_bytes(s.image))
+    for s in samples: write_atomic(folder/'images'/image_name(s), image_bytes(s.image))
     path = folder/'annotations'/f'{split}.json'
     write_atomic(path, (json.dumps(coco_dict(samples, classes), separators=(',', ':')) + '\n').encode())
     return path
@@ -468,7 +588,11 @@ def image_size(
 ): # (H,W)
     "Size from the head of an image file"
     try:
-        with Image.open(path) as im: return im.height, im.width
+        if not is_tiff(path):
+            with Image.open(path) as im: return im.height, im.width
+        with open_tiff(path, path) as tif: series, order = layout(tif, path)
+        return tuple(series.shape[i] for i in order[:2])
+    except DataError: raise
     except FileNotFoundError: raise DataError(f'{path}: the image is missing; add the file or remove its entry from the json') from None
     except Exception as e: raise DataError(f'{path}: the image cannot be read ({e}); replace it or remove its entry') from None
 

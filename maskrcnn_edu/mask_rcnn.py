@@ -82,7 +82,7 @@ class MaskRCNNConfig:
     stride_in_1x1: bool = False         # ResNet: where a bottleneck halves
     norm: str = 'batch'                 # ResNet: 'batch', 'group' (for batches of one or two images), 'frozen' (for weights that were trained elsewhere)
     channels: int = 256                 # C of the pyramid
-    mean: tuple = (0.485, 0.456, 0.406)  # of the images, RGB in 0..1
+    mean: tuple = (0.485, 0.456, 0.406)  # of the images, RGB in 0..1; five numbers make a model for five channels
     std: tuple = (0.229, 0.224, 0.225)
     stretch: bool = False               # pictures are stretched to the full range of brightness first, for microscopy
     enlarge: float = 1.                 # pictures are enlarged by this before they go in, for small objects
@@ -121,13 +121,19 @@ class MaskRCNNConfig:
     nms_iou: float = 0.5
     min_size: float = 1e-2              # detections: least side, pixels
     n_detections: int = 100             # D
+    sure: float = 0.5                   # score from which a find counts where a plain list is wanted: pictures, files, counts
     box_passes: int = 1                 # looks of the box head at prediction; the second starts from what the first found
     conventions: Conventions = Conventions()
 
     def __post_init__(self):
-        "A header of json has a plain dict."
+        if len(self.mean) != len(self.std): raise ValueError(f'mean has {len(self.mean)} numbers and std {len(self.std)}; each channel of the images needs one of both.')
         if isinstance(v := self.conventions, dict):
-            object.__setattr__(self, 'conventions', Conventions(**{k: tuple(x) if isinstance(x, list) else x for k, x in v.items()}))
+            object.__setattr__(self, 'conventions', Conventions(**{k: tuple(x) if isinstance(x, list) else x for k, x in v.items()}))   # of a header
+
+    @property
+    def in_channels(self) -> int:
+        "Channels of the images."
+        return len(self.mean)
 
 # %% ../nbs/19_mask_rcnn.ipynb #7be6dce0
 def group_norm(
@@ -208,7 +214,7 @@ class MaskRCNN(Noting, nn.Module):
         super().__init__()
         self.config, v = config, config.conventions
         c = config
-        self.backbone = Backbone(ResNet(c.layers, c.bottleneck, c.width, NORMS[c.norm], c.stride_in_1x1, v.same_pool), c.channels)
+        self.backbone = Backbone(ResNet(c.layers, c.bottleneck, c.width, NORMS[c.norm], c.stride_in_1x1, c.in_channels, v.same_pool), c.channels)
         self.rpn = RPN(c.channels, c.sizes, c.ratios, c.rpn_sample, c.rpn_positive_fraction, c.rpn_positive_iou, c.rpn_negative_iou, c.rpn_nms_iou,
                        c.rpn_min_size, c.rpn_channels, c.rpn_convs, c.rpn_weights, targets=dict(ties=v.ties), normalised=v.normalised, exact=v.exact_targets,
                        loss=dict(beta=c.rpn_beta, n_class=c.rpn_sample * v.fixed_class, n_box=c.rpn_sample * v.fixed_box, box_mean=v.box_mean),
@@ -220,13 +226,14 @@ class MaskRCNN(Noting, nn.Module):
         self.build_targets = partial(build_targets, n_rois=c.n_rois, positive_fraction=c.positive_fraction, iou=c.roi_iou,
                                      weights=c.box_weights, mask_size=2 * c.mask_bins, aligned=c.aligned, **differing(c, target_rule))
         self.filter = partial(filter, weights=c.box_weights, min_score=c.min_score, nms_iou=c.nms_iou, n_detections=c.n_detections, **differing(c, filter_rule))
-        self.register_buffer('mean', torch.tensor(c.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(c.std).view(3, 1, 1), persistent=False)
+        self.register_buffer('mean', torch.tensor(c.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(c.std).view(-1, 1, 1), persistent=False)
 
     def features(self,
-        images: Tensor,   # (B, 3, H, W) in 0..1
+        images: Tensor,   # (B, 3, H, W) in 0..1; (B, in_channels, H, W) in general
     ) -> list[Tensor]:    # P2..P6
         "Frame *Backbone*."
+        if images.shape[1] != len(self.mean): raise ValueError(f'the pictures have {images.shape[1]} channels but the model was made for {len(self.mean)}; its configuration needs {images.shape[1]} numbers in mean and std.')
         self.note(images=images)
         return self.backbone((images - self.mean) / self.std)
 

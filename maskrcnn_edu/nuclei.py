@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['find_nuclei', 'open_zip', 'Files', 'NucleiImage', 'group', 'read_mask', 'NucleiReader', 'read_nuclei', 'read_split',
-           'load_nuclei', 'remove_overlaps', 'pairs', 'rle_encode', 'rle_decode', 'submission_csv', 'dsb_table']
+           'load_nuclei', 'rubber', 'bent', 'bent_instances', 'Elastic', 'is_grey', 'Stain', 'Intensity', 'balanced',
+           'remove_overlaps', 'pairs', 'rle_encode', 'rle_decode', 'submission_csv', 'dsb_table']
 
 # %% ../nbs/23_nuclei.ipynb #a810b416
-import functools, json, os, zipfile
+import collections, functools, json, math, os, random, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from fasttransform import ItemTransform
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.color import hed2rgb, rgb2hed
+from torch.nn import functional as F
 
 import maskrcnn_edu
 from .data import IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, check_members, crop_boxes, read_image, rgb, runs, write_atomic
@@ -77,7 +83,9 @@ def read_mask(
 ): # grey PIL image
     "A mask file; most are grey and need no work, and only the pixels of the nucleus are ever unpacked"
     try:
-        with Image.open(file) as im: return im.copy() if im.mode == 'L' else Image.fromarray(rgb(im).max(2))
+        with Image.open(file) as im:
+            if im.mode == 'L': return im.copy()
+            return Image.fromarray((np.asarray(im) > 0).astype(np.uint8) * 255 if im.mode[0] in 'IF' else rgb(im).max(2))
     except IMAGE_ERRORS as e: raise DataError(f'{shown}: the mask cannot be read ({e}); replace it or remove it') from None
 
 @dataclass
@@ -158,6 +166,114 @@ def load_nuclei(
     if len(whole) < 2: raise DataError(f'{path}: a split needs at least two images, found {len(whole)}; add images')
     order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])), {i: 'unknown' for i in whole.names}
+
+# %% ../nbs/23_nuclei.ipynb #e5e32417
+def rubber(
+    size,         # (H, W) pixels
+    angle,        # radians
+    bend,         # pixels, standard deviation of the shift of a knot
+    knots,        # along each side
+):                # (H,W,2) x and y from which each pixel is taken, -1..1 across the picture
+    "Where every pixel comes from: a turn about the middle, and random shifts at a few knots, smooth between them"
+    h, w = size
+    y, x = torch.meshgrid(torch.linspace(1 - h, h - 1, h), torch.linspace(1 - w, w - 1, w), indexing='ij')  # twice the distance from the middle, pixels
+    shifts = torch.tensor(np.random.normal(0, 2 * bend, (1, 2, knots, knots)), dtype=torch.float32)
+    dx, dy = F.interpolate(shifts, size=(h, w), mode='bicubic', align_corners=True)[0]
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.stack([(cos * x - sin * y + dx) / w, (sin * x + cos * y + dy) / h], -1)
+
+def bent(
+    planes,       # (n,H,W)
+    grid,         # (H,W,2)
+):                # (n,H,W) float
+    "Pixels taken from where the grid says"
+    return F.grid_sample(planes[None].float(), grid[None], padding_mode='reflection', align_corners=False)[0]
+
+def bent_instances(
+    instances,    # Instances
+    grid,         # (H,W,2)
+):                # Instances
+    "The objects of a bent picture; boxes from the new pixels"
+    if not len(instances): return instances
+    masks = bent(torch.tensor(instances.masks()), grid).numpy() > .5
+    seen = masks.any((1, 2))
+    return Instances.from_masks(masks[seen], instances.labels[seen])
+
+# %% ../nbs/23_nuclei.ipynb #d12021c8
+class Elastic(ItemTransform):
+    "The picture turned and bent like rubber, and its masks with it; beyond its border it is mirrored (U-Net, section 3.1)."
+    split_idx = 0
+    def __init__(self,
+        angle=45.,   # degrees, at most to either side
+        bend=6.,     # pixels, standard deviation of the shift of a knot
+        knots=5,     # along each side
+        p=.5,        # share of the pictures that are bent
+    ):
+        super().__init__()
+        self.angle, self.bend, self.knots, self.p = angle, bend, knots, p
+
+    def encodes(self, pair):
+        image, instances = pair
+        if random.random() >= self.p: return pair
+        grid = rubber(instances.size, math.radians(random.uniform(-self.angle, self.angle)), self.bend, self.knots)
+        return bent(torch.tensor(image).permute(2, 0, 1), grid).round().byte().permute(1, 2, 0).numpy(), bent_instances(instances, grid)
+
+# %% ../nbs/23_nuclei.ipynb #c008ba33
+def is_grey(
+    image,        # (H,W,3) uint8
+):
+    "Whether the three channels are (nearly) the same"
+    return np.ptp(image[::4, ::4].astype(np.int16), 2).mean() < 2
+
+class Stain(ItemTransform):
+    "Stained tissue dyed again: more or less of each dye; sometimes without colours. Grey pictures stay as they are."
+    split_idx = 0
+    def __init__(self,
+        strength=.25, # standard deviation of the logarithm of a dye's amount
+        grey=.15,     # share of the pictures that lose their colours
+    ):
+        super().__init__()
+        self.strength, self.grey = strength, grey
+
+    def encodes(self, pair):
+        image = pair[0]
+        if is_grey(image): return pair
+        if random.random() < self.grey: return np.repeat(image.mean(2, keepdims=True).round().astype(np.uint8), 3, 2), pair[1]
+        dyes = rgb2hed(image) * np.exp(np.random.normal(0, self.strength, 3))   # haematoxylin, eosin, and a third that is rarely there
+        return (hed2rgb(dyes) * 255).round().astype(np.uint8), pair[1]
+
+# %% ../nbs/23_nuclei.ipynb #b2af7732
+class Intensity(ItemTransform):
+    "Another camera: dim parts brighter or darker, sometimes noise, sometimes out of focus."
+    split_idx = 0
+    def __init__(self,
+        gamma=.35,    # the exponent is between e to the minus this and e to the plus this
+        noise=8.,     # grey levels, strongest standard deviation
+        blur=1.2,     # pixels, strongest standard deviation
+        p=.25,        # share of the pictures with noise, and of those that are blurred
+    ):
+        super().__init__()
+        self.gamma, self.noise, self.blur, self.p = gamma, noise, blur, p
+
+    def encodes(self, pair):
+        image, instances = pair
+        image = 255 * (image / np.float32(255)) ** np.float32(np.exp(random.uniform(-self.gamma, self.gamma)))
+        if random.random() < self.p: image = gaussian_filter(image, random.uniform(0, self.blur), axes=(0, 1))
+        if random.random() < self.p: image = image + np.random.normal(0, random.uniform(0, self.noise), (*image.shape[:2], 1)).astype(np.float32)
+        return image.clip(0, 255).round().astype(np.uint8), instances
+
+# %% ../nbs/23_nuclei.ipynb #c28dec20
+def balanced(
+    dataset,      # InstanceDataset
+    kinds,        # dict name -> kind
+    n,            # pictures an epoch, about
+):                # indices, each at least once
+    "Of each kind by the square root of how many there are; in a kind the larger images more often, by the square root of their area"
+    groups = collections.Counter(kinds.get(name, 'unknown') for name in dataset.names)
+    side = np.array([math.sqrt(math.prod(dataset[i].image.shape[:2])) for i in range(len(dataset))])
+    kind = np.array([kinds.get(name, 'unknown') for name in dataset.names])
+    share = sum(np.where(kind == k, math.sqrt(m) * side / side[kind == k].sum(), 0) for k, m in groups.items())   # (images,)
+    return np.repeat(np.arange(len(dataset)), np.maximum(1, (n * share / share.sum()).round()).astype(int))
 
 # %% ../nbs/23_nuclei.ipynb #badae39e
 def remove_overlaps(

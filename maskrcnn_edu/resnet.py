@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'RESNET18', 'RESNET34', 'RESNET50', 'RESNET101', 'shortcut', 'BasicBlock', 'Bottleneck', 'stage', 'init_conv',
-           'ResNet']
+           'ResNet', 'spread_channels']
 
 # %% ../nbs/04_resnet.ipynb #c46698e8
 import torch
@@ -84,12 +84,13 @@ class ResNet(nn.Module):
         width=64,              # channels of the stem; each stage doubles them
         norm=nn.BatchNorm2d,   # normalisation layer
         stride_in_1x1=False,   # halve in the first 1x1 of a bottleneck (older weights)
+        in_channels=3,         # of the images
         same_pool=False,       # the stem's pooling looks right and down only, as TensorFlow's 'same' does
     ):
         super().__init__()
         block, kwargs = (Bottleneck if bottleneck else BasicBlock), dict(norm=norm, stride_in_1x1=stride_in_1x1)
         self.channels = [width * 2**i * block.expansion for i in range(4)]
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False), norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)) if same_pool else nn.MaxPool2d(3, 2, 1)
         self.layer1 = stage(block, width, width, layers[0], 1, **kwargs)
@@ -99,7 +100,7 @@ class ResNet(nn.Module):
         self.apply(init_conv)
 
     def forward(self,
-        images: Tensor,  # (B, 3, H, W)
+        images: Tensor,  # (B, in_channels, H, W)
     ) -> list[Tensor]:   # C2..C5
         c1 = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
         c2 = self.layer1(c1)  # (B, C2, H/4, W/4)
@@ -114,3 +115,12 @@ RESNET18 = dict(layers=(2, 2, 2, 2), bottleneck=False)
 RESNET34 = dict(layers=(3, 4, 6, 3), bottleneck=False)
 RESNET50 = dict(layers=(3, 4, 6, 3), bottleneck=True)
 RESNET101 = dict(layers=(3, 4, 23, 3), bottleneck=True)
+
+# %% ../nbs/04_resnet.ipynb #986d1093
+def spread_channels(
+    weight: Tensor,    # (O, 3, h, w), of a trained first convolution
+    in_channels: int,  # wanted
+) -> Tensor:           # (O, in_channels, h, w)
+    "The mean of the channels for each new one; what is grey gives the same answer as before."
+    n = weight.shape[1]
+    return weight if n == in_channels else weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1) * (n / in_channels)

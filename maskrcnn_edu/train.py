@@ -6,8 +6,8 @@
 __all__ = ['ADAMW', 'SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'Recipe', 'coco_recipe', 'run_folder', 'SaveWeights',
            'read_all', 'pick_device', 'fit', 'predict_all', 'evaluate', 'surely', 'results_figure', 'finish',
            'train_shapes', 'train_nuclei', 'train_coco', 'with_epochs', 'sentences', 'What', 'train', 'score_line',
-           'open_for', 'is_coco', 'valid_part', 'evaluate_command', 'predict', 'trace_command', 'unique_names',
-           'write_prediction', 'to_coco']
+           'open_for', 'is_kaggle', 'check_command', 'evaluate_command', 'predict', 'find_in', 'to_draw',
+           'trace_command']
 
 # %% ../nbs/24_train.ipynb #026a57b0
 import warnings
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     import fastai.layers
 
 # %% ../nbs/24_train.ipynb #6de495e3
-import json, os, sys, zipfile
+import json, os, sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -35,13 +35,17 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 from .checkpoints import WeightsError, load_weights, save_weights
-from .core import show_instances
-from .data import DataError, InstanceDataset, Instances, join, load_splits, open_data, read_coco, read_image, shapes_folder, split_files, write_atomic
+from .core import composite, show_instances
+from .data import DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, to_uint8, write_atomic
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
-from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, colour, find_state, instance_dls, load_state, mask_rcnn_learner, predict_instances, to_input
+from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels, colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
-from .nuclei import dsb_table, find_nuclei, load_nuclei, remove_overlaps
+from .nuclei import Elastic, Files, Intensity, Stain, balanced, dsb_table, find_nuclei, group, load_nuclei, remove_overlaps
+from .own_data import SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair
+from .report import RunLog, command_line, write_report
+from .results import SMALL, Format, read_pixels, to_coco, unique_names, write_results, write_together
+from .tiles import open_picture, predict_flipped, predict_tiled
 from .trace import trace_page
 
 # %% ../nbs/24_train.ipynb #57a0137d
@@ -64,22 +68,21 @@ ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # a
 
 SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
 
-NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((8,), (16,), (32,), (64,), (128,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
-                 rpn_sample=256, n_rois=96, positive_fraction=0.25, n_masks=24, box_beta=1 / 9, aligned=False, box_passes=1, n_detections=400)
-NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8)), FlipTurn(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
-                       slots=64, bs=4, epochs=10, repeat=2, ap_every=2)
+NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
+                 rpn_sample=256, n_rois=96, n_masks=24, n_detections=400)
+NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8), aim=.6), FlipTurn(), Elastic(), Stain(), Intensity(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
+                       slots=64, bs=4, epochs=24, repeat=3, ap_every=2)
 
 
 def coco_recipe(
     train: InstanceDataset,
+    proposal=None,      # read off the data if not given
 ) -> Recipe:
-    "A recipe for data of one's own: square pieces of a size that suits the images, anchors in proportion."
-    sides = [s.image.shape[:2] for s in train]
-    size = int(min(512, max(128, 64 * np.ceil(np.median(sides) / 64))))
-    sizes = tuple((size / 16 * 2**i,) for i in range(5))
-    slots = int(min(100, max(8, max(len(s.instances) for s in train))))
-    config = replace(SHAPES, n_classes=len(train.classes), sizes=sizes, n_masks=8, n_detections=100, n_post_predict=300)
-    return Recipe(config, (ScaleCrop(size), FlipTurn(), CentreCrop(size)), tuple(colour()), slots, bs=8 if size <= 128 else 4)
+    "A recipe for data of one's own."
+    p = proposal or propose(train)
+    config = replace(SHAPES, n_classes=len(train.classes), **p.config, **measure_channels(train))
+    scale = tuple(s * p.enlarge for s in (SCALES[0], SCALES[-1]))
+    return Recipe(config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)), tuple(colour(channels=config.in_channels)), p.slots, p.bs, p.epochs, ap_every=max(1, p.epochs // 20))
 
 # %% ../nbs/24_train.ipynb #f837c00b
 def run_folder(
@@ -135,16 +138,18 @@ def fit(
     device=None,        # as torch spells it
     resume=False,       # go on with the run in `out`
     pretrained=False,   # start from ImageNet weights, with a ResNet-18
+    pictures=None,      # numbers of the training images of an epoch; each of them `repeat` times if not given
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
     if pretrained: recipe = replace(recipe, config=replace(recipe.config, **RESNET18, width=64))
-    device, bs = pick_device(device), min(recipe.bs, len(train) * recipe.repeat)
+    device, pictures = pick_device(device), list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
     if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
+    for s in (*train, *valid): check_channels(s.image, recipe.config, s.name)
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
-    dls = instance_dls(train.subset(list(range(len(train))) * recipe.repeat), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, bs, device)
-    learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes)], metrics=coco.metrics(), path=out, opt_func=ADAMW)
+    dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
+    learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes), RunLog(out)], metrics=coco.metrics(), path=out, opt_func=ADAMW)
     state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
     if (state['seed'], state['n_epochs']) != (seed, recipe.epochs):
         raise DataError(f"--resume: the run in {out} was started with --epochs {state['n_epochs']} --seed {state['seed']}; say the same.")
@@ -165,12 +170,15 @@ def evaluate(
     model: MaskRCNN,
     dataset: InstanceDataset,
     kinds=None,                # nuclei: kind of microscopy by name of the image
+    found=None,                # what the model found, if it is known
 ) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
     "Scores of a model on a data set."
-    found, coco = predict_all(model, dataset), CocoEval(dataset.classes, model.config.n_detections)
+    for s in dataset: check_channels(s.image, model.config, s.name)
+    if found is None: found = predict_all(model, dataset)
+    coco = CocoEval(dataset.classes, model.config.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
-    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found))), kinds) if kinds else {})
+    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.sure))), kinds) if kinds else {})
 
 
 def surely(
@@ -185,14 +193,14 @@ def results_figure(
     model: MaskRCNN,
     dataset: InstanceDataset,
     n=6,                       # images
-    min_score=0.5,             # less sure than this is not shown
+    min_score=None,            # less sure than this is not shown; what the model says if not given
 ) -> Figure:
     "Image, ground truth, and prediction with class and score."
     n = min(n, len(dataset))
     fig, axes = plt.subplots(n, 3, figsize=(9, 3 * n), squeeze=False)
     for i, row in zip(np.linspace(0, len(dataset) - 1, n).astype(int), axes):
         s = dataset[i]
-        found = predict_instances(model, s.image, min_score)
+        found = predict_instances(model, s.image, model.config.sure if min_score is None else min_score)
         show_instances(s.image, s.instances[[]], row[0], title=s.name[:24])
         show_instances(s.image, s.instances, row[1], dataset.classes, title='ground truth', captions=12)
         show_instances(s.image, found, row[2], dataset.classes, title='prediction', captions=12)
@@ -205,14 +213,17 @@ def finish(
     dataset: InstanceDataset,
     out,                       # folder of the run
     kinds=None,                # nuclei: kind of microscopy
+    **known,                   # for the report: faults, notes, data
 ) -> dict:
-    "Scores on whole images and a picture, into the folder of the run."
+    "Scores on whole images, a picture and a report, into the folder of the run."
     model = learn.model.eval()
-    scores = evaluate(model, dataset, kinds)
+    found = predict_all(model, dataset)
+    scores = evaluate(model, dataset, kinds, found)
     write_atomic(Path(out) / 'scores.json', json.dumps(scores, indent=1).encode())
     fig = results_figure(model, dataset)
     fig.savefig(Path(out) / 'results.png', dpi=80)
     plt.close(fig)
+    write_report(out, learn, dataset, scores, found, command=command_line(), kinds=kinds, **known)
     return scores
 
 # %% ../nbs/24_train.ipynb #d93aa2e4
@@ -228,14 +239,18 @@ def train_nuclei(out='runs/nuclei', data=None, epochs=None, recipe=NUCLEI_RECIPE
     path = data or find_nuclei()
     if path is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train (Kaggle, Data Science Bowl 2018).')
     train, valid, kinds = load_nuclei(path)
-    return finish(fit(with_epochs(recipe, epochs), train, valid, out, **kwargs), valid, out, kinds)
+    pictures = balanced(read_all(train, 'training'), kinds, len(train) * recipe.repeat)
+    return finish(fit(with_epochs(recipe, epochs), train, valid, out, pictures=pictures, **kwargs), valid, out, kinds, data=path)
 
 
 def train_coco(out='runs/coco', data=None, epochs=None, **kwargs) -> dict:
-    "Train on any folder or zip with images/ and COCO annotations."
-    if data is None: raise DataError('train coco needs --data, a folder or zip with images/ and annotations.json.')
-    train, valid = load_splits(data, kwargs.get('seed', 0))
-    return finish(fit(with_epochs(coco_recipe(read_all(train, 'training')), epochs), train, valid, out, **kwargs), valid, out)
+    "Train on data of one's own, a folder or zip in any layout of lesson 23d."
+    if data is None: raise DataError('train coco needs --data, a folder or zip: images/ with annotations.json, masks/ or labels/, or a VIA json.')
+    print(f'{data}: {recognise(data)}')
+    train, valid = open_dataset(data, kwargs.get('seed', 0))   # examines it first
+    proposal = propose(train)
+    for reason in proposal.reasons: print('proposed:', reason)
+    return finish(fit(with_epochs(coco_recipe(train, proposal), epochs), train, valid, out, **kwargs), valid, out, notes=proposal.reasons, data=data)
 
 
 def with_epochs(recipe, epochs) -> Recipe:
@@ -275,7 +290,7 @@ def train(
     resume: Annotated[bool, typer.Option('--resume', help='go on after the last finished epoch')] = False,
     pretrained: Annotated[bool, typer.Option('--pretrained', help='start from ImageNet weights, with a ResNet-18; needs the internet once')] = False,
 ):
-    "Train; leaves weights.safetensors, history.csv, results.png and scores.json in the folder."
+    "Train; leaves weights.safetensors, history.csv, scores.json, results.png and report.html in the folder."
     out = out or Path('runs') / what.value
     commands = dict(shapes=train_shapes, nuclei=train_nuclei, coco=train_coco)
     with sentences():
@@ -285,7 +300,7 @@ def train(
             typer.echo(f"\nStopped; {go_on if (out / 'state.pth').exists() else 'no epoch was finished, so nothing is saved.'}", err=True)
             raise typer.Exit(130) from None
         typer.echo(score_line(scores))
-        typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, results.png, scores.json')
+        typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, scores.json, results.png, report.html')
 
 
 def score_line(scores: dict) -> str:
@@ -298,22 +313,30 @@ def open_for(data, classes) -> tuple[InstanceDataset, dict | None]:
     nuclei = list(classes) == ['background', 'nucleus']
     if data is None: data = find_nuclei() if nuclei else shapes_folder()
     if data is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train.')
-    if nuclei and not is_coco(data):
+    if nuclei and is_kaggle(data):
         _, valid, kinds = load_nuclei(data)
         return valid, kinds
-    return valid_part(data), None
+    return open_valid(data), None
 
 
-def is_coco(data) -> bool:
-    "Whether a folder or zip has COCO annotations."
-    names = zipfile.ZipFile(data).namelist() if zipfile.is_zipfile(data) else map(str, Path(data).glob('annotations*/*'))
-    return any('annotations' in n and n.endswith('.json') for n in names) or any(Path(data).glob('annotations*.json'))
+def is_kaggle(data) -> bool:
+    "Whether a folder or zip is in Kaggle's layout; a zip is not unpacked for it."
+    return any('masks' in files for files in group(Files(Path(data)).names()).values())
 
 
-def valid_part(data) -> InstanceDataset:
-    "The validation split of a COCO folder; all of it where it has none."
-    _, valid_json, jsons = split_files(open_data(data))
-    return read_coco(valid_json) if valid_json else join([read_coco(p) for p in jsons])
+@app.command('check')
+def check_command(
+    data: Annotated[Path, typer.Argument(help='folder or zip: COCO json, folders of masks, label maps, or VIA json')],
+    repaired: Annotated[Path | None, typer.Option('--repair', help='a new folder for a clean copy in COCO layout')] = None,
+):
+    "The data doctor: every fault by file; exit code 1 if one stops the training and no clean copy was made."
+    with sentences():
+        found = examine(data)
+        typer.echo(fault_table(found))
+        if repaired:
+            repair(data, repaired)
+            typer.echo(f'{repaired}: a clean copy; what was left out is listed in faults.csv')
+        elif any(f.stops for f in found): raise typer.Exit(1)
 
 
 @app.command('evaluate')
@@ -338,20 +361,42 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help='pictures of any size')],
     weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')],
     out: Annotated[Path, typer.Option(help='folder for the results')] = Path('predictions'),
-    min_score: Annotated[float, typer.Option(min=0, max=1, help='less sure than this is left out')] = 0.5,
+    min_score: Annotated[float | None, typer.Option(min=0, max=1, help='less sure than this is left out  [default: what the model says]')] = None,
+    formats: Annotated[list[Format], typer.Option('--format', help='what to write; say it again for more')] = list(SMALL),
+    splash: Annotated[bool, typer.Option('--splash', help='also NAME_splash.png: the objects in colour, all else in grey')] = False,
+    pixel_size: Annotated[float | None, typer.Option(min=1e-6, help='micrometres along a pixel: adds columns in micrometres to the csv')] = None,
+    tile: Annotated[int, typer.Option(min=64, help='a picture with a longer side is predicted in tiles of so many pixels')] = 1024,
+    flips: Annotated[bool, typer.Option('--flips', help='look from four sides: better scores, four times as slow')] = False,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
-    "Objects in pictures: NAME_overlay.png, NAME_labels.png (16 bit, 0 = background), and instances.json (COCO) for all."
+    "Objects in pictures: NAME_overlay.png, NAME_labels.tif (0 = background), NAME.csv, NAME.geojson, and instances.json (COCO) for all."
+    formats = [*formats, Format.splash] if splash else formats
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
-        pictures = {unique: read_image(p) for unique, p in unique_names(images).items()}
+        paths, found = unique_names(images), {}
+        for path in paths.values(): open_picture(path)   # whatever cannot be read is said before the first result is written
         run_folder(out, resume=True)
-        found = {}
-        for name, image in progress_bar(pictures.items(), total=len(pictures), leave=False):
-            found[name] = remove_overlaps(predict_instances(model, image, min_score), min_area=1)
-            write_prediction(out, name, image, found[name], classes)
-        write_atomic(out / 'instances.json', json.dumps(to_coco(found, unique_names(images), classes)).encode())
+        for name, path in progress_bar(paths.items(), total=len(paths), leave=False):
+            image = open_picture(path)
+            if image.ndim == 3: check_channels(image, model.config, path)
+            found[name] = find_in(model, image, model.config.sure if min_score is None else min_score, tile, predict_flipped if flips else predict_instances)
+            measured = read_pixels(path, image.shape[:2]) if Format.csv in formats else None   # as the camera stored them
+            write_results(out, name, to_draw(image), found[name], classes, formats, pixel_size, measured)
+        write_together(out, found, paths, classes, formats)
     for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
+
+
+def find_in(model, image, min_score, tile, look) -> Instances:
+    "The objects of a picture, in one look where it fits one tile, no pixel in two of them."
+    return remove_overlaps(predict_tiled(model, image, tile, tile // 4, min_score, look), min_area=1)
+
+
+def to_draw(image) -> np.ndarray:   # (H, W, 3) uint8
+    "A picture of any kind, to draw on."
+    pixels = np.asarray(image[:, :])
+    if pixels.ndim == 2: pixels = np.repeat(pixels[..., None], 3, 2)
+    if pixels.dtype != np.uint8: pixels = to_uint8(pixels)
+    return pixels if pixels.shape[2] == 3 else composite(pixels)
 
 
 @app.command('trace')
@@ -364,35 +409,6 @@ def trace_command(
     "What every box of the diagram made of a picture, as one page that opens in any browser."
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
-        trace_page(model, to_input(read_image(image), model), out, classes, title=image.name)
+        check_channels(pixels := read_image(image), model.config, image)
+        trace_page(model, to_input(pixels, model), out, classes, title=image.name)
     typer.echo(f'{out}: open it in a browser')
-
-
-def unique_names(paths) -> dict[str, Path]:
-    "A name for every picture; those that share one are numbered."
-    names = {}
-    for p in map(Path, paths):
-        name, i = p.stem, 1
-        while name in names: name, i = f'{p.stem}_{i + 1}', i + 1
-        names[name] = p
-    return names
-
-
-def write_prediction(out, name, image, found: Instances, classes):
-    "Overlay and label map of one picture."
-    h, w = image.shape[:2]
-    scale = max(1, 256 / max(h, w))    # a small picture is enlarged, for room to write in
-    fig = Figure(figsize=((w * scale + .5) / 100, (h * scale + .5) / 100))
-    ax = fig.add_axes([0, 0, 1, 1])
-    show_instances(image, found, ax, classes)
-    fig.savefig(out / f'{name}_overlay.png', dpi=100)
-    Image.fromarray(found.label_map().astype(np.uint16)).save(out / f'{name}_labels.png')
-
-
-def to_coco(found: dict[str, Instances], paths: dict[str, Path], classes) -> dict:
-    "What was found as a COCO json."
-    images = [dict(id=i, file_name=str(paths[n].name), height=int(f.size[0]), width=int(f.size[1])) for i, (n, f) in enumerate(found.items(), 1)]
-    rows = [dict(image_id=i, category_id=int(l), score=float(s), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))], segmentation=rle, area=int(c.sum()), iscrowd=0)
-            for i, f in enumerate(found.values(), 1) for l, s, b, rle, c in zip(f.labels, f.scores, f.boxes, f.rles(), f.crops)]
-    return dict(images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)],
-                categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])

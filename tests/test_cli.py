@@ -17,6 +17,7 @@ from maskrcnn_edu.core import set_seed
 from maskrcnn_edu.cuda import backend
 from maskrcnn_edu.data import CLASSES, DataError, Sample, load_splits, make_shapes, write_coco
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES
+from maskrcnn_edu.results import read_geojson
 from maskrcnn_edu.train import SHAPES_RECIPE, app, coco_recipe, fit, train_shapes
 
 FILES = ['history.csv', 'results.png', 'scores.json', 'state.pth', 'weights.safetensors']
@@ -135,7 +136,7 @@ def any_weights(tmp_path_factory):
 # ---- train
 
 def check_run(out, classes, epochs):
-    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES, 'report.html', 'run.json'])
     assert [row['epoch'] for row in history(out)] == [str(i) for i in range(epochs)]
     assert all(math.isfinite(float(x)) for row in losses(out) for x in row.values()) and {'t_mask', 'v_mask', 'valid_loss'} <= set(losses(out)[0])
     scores = strict((out/'scores.json').read_text())
@@ -186,7 +187,7 @@ def test_recipe_fits_the_data(shapes):
     train, _ = load_splits(shapes)
     recipe = coco_recipe(train)
     assert recipe.config.n_classes == 4 and recipe.slots == 8 and recipe.item_tfms[0].size == 128
-    assert recipe.config.sizes[0][0] < 40 < 128 <= recipe.config.sizes[-1][0]
+    assert recipe.config.sizes[0][0] < 40 < 64 <= recipe.config.sizes[-1][0]   # the shapes are 40 to 64 pixels, and are seen at 0.8 to 1.25 of it
 
 def test_only_background_trains(tmp_path):
     write_coco([replace(EMPTY, name=f'e{i}') for i in range(4)], tmp_path/'set', 'train', CLASSES)
@@ -324,8 +325,8 @@ def pictures(tmp_path_factory):
 
 def check_prediction(out, stem, size, coco, image):
     h, w = size
-    with Image.open(out/f'{stem}_overlay.png') as im: assert im.size == tuple(max(n, round(n * 256 / max(h, w))) for n in (w, h))
-    with Image.open(out/f'{stem}_labels.png') as im:
+    with Image.open(out/f'{stem}_overlay.png') as im: assert im.size == (w, h)
+    with Image.open(out/f'{stem}_labels.tif') as im:
         assert im.mode == 'I;16' and im.size == (w, h)
         labels = np.asarray(im)
     found = coco.loadAnns(coco.getAnnIds(image['id']))
@@ -335,13 +336,17 @@ def check_prediction(out, stem, size, coco, image):
         assert (mask == (labels == i)).all() and mask.sum() == a['area'] and 0 < a['score'] <= 1 and a['category_id'] in coco.cats
         ys, xs = np.nonzero(mask)
         assert np.allclose(a['bbox'], [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()])
+    rows = list(csv.DictReader((out/f'{stem}.csv').open()))
+    assert [int(r['id']) for r in rows] == list(range(1, len(found) + 1)) and [int(r['area']) for r in rows] == [a['area'] for a in found] and {r['image'] for r in rows} <= {stem}
+    outlines = read_geojson(out/f'{stem}.geojson', size, CLASSES)
+    assert len(outlines) == len(found) and np.array_equal(outlines.label_map() > 0, labels > 0)
     return len(found)
 
 def test_predict(any_weights, pictures, tmp_path):
     out = tmp_path/'found'
     done = ok('predict', *pictures, '--weights', any_weights, '--out', out, '--min-score', 0)
     stems = ['x', 'x_2', 'x_2_2', 'grey', 'deep', 'large', 'strip', 'empty']
-    assert sorted(p.name for p in out.iterdir()) == sorted(['instances.json', *(f'{s}_{k}.png' for s in stems for k in ('overlay', 'labels'))])
+    assert sorted(p.name for p in out.iterdir()) == sorted(['instances.json', *(f'{s}{end}' for s in stems for end in ('_overlay.png', '_labels.tif', '.csv', '.geojson'))])
     coco = COCO(out/'instances.json')
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == CLASSES[1:] and len(coco.anns) == len(set(coco.anns))
     counts = [check_prediction(out, s, size, coco, image) for s, size, image in zip(stems, pictures.values(), coco.dataset['images'], strict=True)]
@@ -352,7 +357,16 @@ def test_predict_nothing(any_weights, pictures, tmp_path):
     ok('predict', *pictures, '--weights', any_weights, '--out', tmp_path/'found', '--min-score', 1)
     found = json.loads((tmp_path/'found'/'instances.json').read_text())
     assert found['annotations'] == [] and len(found['images']) == len(pictures) and len(found['categories']) == 3
-    assert not np.asarray(Image.open(tmp_path/'found'/'x_labels.png')).any()
+    assert not np.asarray(Image.open(tmp_path/'found'/'x_labels.tif')).any() and (tmp_path/'found'/'x.csv').read_text().count('\n') == 1
+
+def test_predict_what_was_asked_for(any_weights, pictures, tmp_path):
+    deep, large = (next(p for p in pictures if p.name == n) for n in ('deep.png', 'large.jpg'))
+    ok('predict', deep, large, '--weights', any_weights, '--out', tmp_path/'found', '--min-score', 0, '--format', 'csv', '--format', 'submission', '--splash', '--pixel-size', .5, '--tile', 192)
+    assert sorted(p.name for p in (tmp_path/'found').iterdir()) == ['deep.csv', 'deep_splash.png', 'large.csv', 'large_splash.png', 'submission.csv']
+    table = list(csv.DictReader((tmp_path/'found'/'deep.csv').open()))
+    assert table and all(float(r['area_um2']) == float(r['area']) / 4 for r in table)
+    assert max(float(r['max_0']) for r in table) > 255 and 'max_1' not in table[0]   # 16 bits of one channel, as the camera stored them
+    assert cli('predict', deep, '--weights', any_weights, '--format', 'xls').exit_code == 2 and cli('predict', deep, '--weights', any_weights, '--pixel-size', 0).exit_code == 2
 
 # ---- the models that ship
 
@@ -374,7 +388,7 @@ def test_shipped_nuclei(tmp_path):
     pixels = np.random.default_rng(0).normal(20, 4, (150, 210)) + 90 * np.any(masks, 0)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path/'round.png')
     ok('predict', tmp_path/'round.png', '--weights', 'nuclei', '--out', tmp_path/'found')
-    labels = np.asarray(Image.open(tmp_path/'found'/'round_labels.png'))
+    labels = np.asarray(Image.open(tmp_path/'found'/'round_labels.tif'))
     ious = [max((((labels == i) & m).sum() / ((labels == i) | m).sum() for i in range(1, labels.max() + 1)), default=0) for m in masks]
     assert sum(iou > .7 for iou in ious) >= 10, ious
 
