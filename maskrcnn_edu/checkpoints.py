@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'SYSTEMS', 'LAST', 'save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header',
            'load_weights', 'from_torchvision', 'NumbersOnly', 'read_pickle', 'read_torch', 'read_keras', 'read_file',
            'flat', 'System', 'layers_of', 'folded', 'as_frozen', 'our_order', 'recognise', 'count_blocks', 'translate',
-           'read_checkpoint', 'with_numbers', 'class_names', 'convert']
+           'read_checkpoint', 'with_numbers', 'from_checkpoint', 'class_names', 'convert']
 
 # %% ../nbs/22_checkpoints.ipynb #029cedc1
 import json
@@ -114,7 +114,8 @@ import math, pickle
 from dataclasses import dataclass, field, replace
 import h5py
 import numpy as np
-from fastcore.basics import patch
+from numpy._core.multiarray import _reconstruct, scalar    # what a pickled array asks for
+from numpy._core.numeric import _frombuffer
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from .mask_rcnn import Conventions
 
@@ -124,8 +125,8 @@ class NumbersOnly(pickle.Unpickler):
     allowed = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype, ('collections', 'OrderedDict'): dict,
                ('_codecs', 'encode'): lambda text, encoding='latin1': text.encode('latin1')}   # how bytes are written for Python 2
     for core in ('numpy.core.', 'numpy._core.'):     # before and since NumPy 2
-        allowed |= {(core + 'multiarray', '_reconstruct'): np._core.multiarray._reconstruct, (core + 'multiarray', 'scalar'): np._core.multiarray.scalar,
-                    (core + 'numeric', '_frombuffer'): np._core.numeric._frombuffer}
+        allowed |= {(core + 'multiarray', '_reconstruct'): _reconstruct, (core + 'multiarray', 'scalar'): scalar,
+                    (core + 'numeric', '_frombuffer'): _frombuffer}
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed: raise WeightsError(f'a pickle that asks for {module}.{name}, which weights do not need; nothing of it was run')
@@ -411,8 +412,7 @@ def with_numbers(
     return replace(config, **numbers, conventions=replace(config.conventions, **rules))
 
 
-@patch(cls_method=True)
-def from_checkpoint(cls: MaskRCNN,
+def from_checkpoint(
     path,                 # of our own, or of one of `SYSTEMS`
     n_classes=None,       # K for fine-tuning: the last layers begin anew
     **numbers,            # of the configuration
@@ -423,11 +423,14 @@ def from_checkpoint(cls: MaskRCNN,
         config = with_numbers(config, **numbers)
     else: _, state, config = read_checkpoint(path, **numbers)
     fresh = [] if n_classes in (None, config.n_classes) else [k for k in state if k.startswith(LAST)]
-    model = cls(replace(config, n_classes=n_classes or config.n_classes))
+    model = MaskRCNN(replace(config, n_classes=n_classes or config.n_classes))
     if fresh: print(f'{path}: {n_classes} classes in place of {config.n_classes}, so these begin anew: {", ".join(fresh)}.')
     try: model.load_state_dict({k: model.state_dict()[k] if k in fresh else v for k, v in state.items()})
     except RuntimeError as e: raise WeightsError(f'{path}: a tensor has another shape than this model\'s ({str(e).splitlines()[-1].strip()}).') from None
     return model.eval()
+
+
+MaskRCNN.from_checkpoint = staticmethod(from_checkpoint)
 
 # %% ../nbs/22_checkpoints.ipynb #dia00025
 def class_names(
