@@ -15,6 +15,7 @@ from maskrcnn_edu.learner import placed, predict_instances
 from maskrcnn_edu.mask_rcnn import MaskRCNN
 from maskrcnn_edu.nms import suppress
 from maskrcnn_edu.roi_align import roi_level
+from maskrcnn_edu.rpn_loss import rpn_loss
 from maskrcnn_edu.rpn_targets import RPNTargets
 
 STAGES = 1e-4       # of an array's largest magnitude
@@ -438,6 +439,22 @@ def test_losses(case):
         with torch.no_grad(): compare(case, f'train_{setup}_losses', step(*args, active=active))
     if 'train_inactive_losses' in case:
         with torch.no_grad(): compare(case, 'train_inactive_losses', step(*samples(case, 'mini')[0], active=case['train_inactive_class_flags'].bool()))
+
+
+def test_rpn_losses_level_by_level(case):
+    if 'train_losses_rpn_levels' not in case: pytest.skip(f'{case.name} records no losses of levels')
+    _, _, labels, deltas, *_ = samples(case, '')[0]
+    start = 0
+    for n, recorded in zip(case['rpn_level_counts'].tolist(), case['train_losses_rpn_levels'].T):
+        here = (torch.arange(len(labels)) >= start) & (torch.arange(len(labels)) < start + n)
+        ours = rpn_loss(case.rpn.objectness, case.rpn.deltas, torch.where(here, labels, -1)[None], deltas[None], case.model.config.rpn_beta, n_class=256, n_box=int((labels >= 0).sum()))
+        assert np.allclose([x.item() for x in ours.values()], recorded, rtol=STAGES, atol=1e-7)
+        start += n
+
+
+def test_classes_that_the_head_takes_the_rois_for(case):
+    if 'train_mini_pred_classes' not in case: pytest.skip(f'{case.name} records no such classes')
+    for setup in setups(case): assert torch.equal(case.heads(f'train_{setup}_rois')[0].argmax(1), case[f'train_{setup}_pred_classes'].long()), setup
 
 
 def test_gradients(case):
