@@ -543,7 +543,8 @@ class CocoMetrics(Callback):
         self.classes, self.every, self.max_dets, self.scores = classes, every, max_dets, {}
 
     def before_validate(self):
-        self.due = (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch
+        whole = hasattr(self.dl, 'idxs')   # `show_results` validates a single batch
+        self.due = whole and ((self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch)
         self.pairs, self.scores = [], {}
 
     def after_batch(self):

@@ -69,7 +69,7 @@ ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # a
 SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
 
 NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
-                 rpn_sample=256, n_rois=96, n_masks=24, n_detections=400)
+                 rpn_sample=256, n_rois=96, n_masks=24, n_detections=400, sure=.85)
 NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8), aim=.6), FlipTurn(), Elastic(), Stain(), Intensity(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
                        slots=64, bs=4, epochs=24, repeat=3, ap_every=2)
 

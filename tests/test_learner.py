@@ -57,6 +57,15 @@ def test_batches_and_results_show_themselves(tmp_path):
     assert interp.top_losses(1)[0] == interp.losses.max()
     plt.close('all')
 
+def test_results_are_shown_after_a_run_that_measured_ap(tmp_path):
+    coco = CocoMetrics(CLASSES)
+    learn = small(tmp_path, cbs=coco, metrics=coco.metrics())
+    with quiet(learn):
+        learn.fit(1)
+        learn.show_results(max_n=2)
+    assert len(plt.gcf().axes) == 4
+    plt.close('all')
+
 def test_best_model_and_early_stop_by_mask_ap(tmp_path):
     coco = CocoMetrics(CLASSES)
     learn = small(tmp_path, cbs=coco, metrics=coco.metrics())
