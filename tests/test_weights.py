@@ -26,4 +26,6 @@ def test_nuclei():
     _, valid, kinds = load_nuclei(find_nuclei())
     scores = evaluate(model, valid, kinds)
     assert scores['images'] == 80
-    assert scores['dsb'] >= .42 and scores['mask_ap50'] >= .65
+    kind = {k: v['dsb'] for k, v in scores['by_kind'].items()}
+    assert scores['dsb'] >= .575 and kind['fluorescence'] >= .61 and kind['histology'] >= .39 and kind['brightfield'] >= .52
+    assert scores['by_kind']['fluorescence']['ap_by_iou'][.5] >= .835 and scores['mask_ap'] >= .605
