@@ -1029,6 +1029,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'maskrcnn_edu.train.What': ('train.html#what', 'maskrcnn_edu/train.py'),
                                     'maskrcnn_edu.train.check_command': ('train.html#check_command', 'maskrcnn_edu/train.py'),
                                     'maskrcnn_edu.train.coco_recipe': ('train.html#coco_recipe', 'maskrcnn_edu/train.py'),
+                                    'maskrcnn_edu.train.convert_command': ('train.html#convert_command', 'maskrcnn_edu/train.py'),
                                     'maskrcnn_edu.train.evaluate': ('train.html#evaluate', 'maskrcnn_edu/train.py'),
                                     'maskrcnn_edu.train.evaluate_command': ('train.html#evaluate_command', 'maskrcnn_edu/train.py'),
                                     'maskrcnn_edu.train.find_in': ('train.html#find_in', 'maskrcnn_edu/train.py'),
