@@ -155,6 +155,19 @@ def test_ours_keeps_the_rules(name, tmp_path):
     assert MaskRCNN.from_checkpoint(tmp_path/'ours.safetensors').config == model.config
 
 
+def test_the_command_converts(tmp_path):
+    from typer.testing import CliRunner
+    from maskrcnn_edu.train import app
+    file, ours = written('detectron2', checkpoint('detectron2'), tmp_path), tmp_path/'ours.safetensors'
+    done = CliRunner().invoke(app, ['convert', str(file), '--out', str(ours)])
+    assert done.exit_code == 0 and '5 classes' in done.output, done.output
+    theirs = MaskRCNN.from_checkpoint(file)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in load_weights(ours)[0].state_dict().items())
+    (tmp_path/'cut.pkl').write_bytes(file.read_bytes()[:500])
+    refused = CliRunner().invoke(app, ['convert', str(tmp_path/'cut.pkl'), '--out', str(tmp_path/'none.safetensors')])
+    assert refused.exit_code == 1 and 'cut.pkl' in refused.output and not (tmp_path/'none.safetensors').exists()
+
+
 # ---- by hand ----
 
 def bare(**kwargs): return System('test', 'sign', {}, MaskRCNNConfig(), **kwargs)
