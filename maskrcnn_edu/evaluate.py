@@ -543,7 +543,7 @@ class CocoMetrics(Callback):
         self.classes, self.every, self.max_dets, self.scores = classes, every, max_dets, {}
 
     def before_validate(self):
-        whole = hasattr(self.dl, 'idxs')   # `show_results` validates a single batch
+        whole = not isinstance(self.dl, list)   # `show_results` validates a list of one batch
         self.due = whole and ((self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch)
         self.pairs, self.scores = [], {}
 

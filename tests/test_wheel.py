@@ -61,7 +61,7 @@ def test_predict_works_from_the_wheel(fresh, clean_env, tmp_path):
     Image.fromarray(sample.image).save(tmp_path/'some shapes.png')
     call(fresh/'bin/maskrcnn-edu', 'predict', 'some shapes.png', '--weights', 'shapes', '--out', 'found',
          cwd=tmp_path, env=clean_env)
-    pictures, results = list((tmp_path/'found').rglob('*.png')), list((tmp_path/'found').rglob('*.json'))
+    pictures, results = [p for end in ('png', 'tif') for p in (tmp_path/'found').rglob(f'*.{end}')], list((tmp_path/'found').rglob('*.json'))
     assert len(pictures) >= 2, f'an overlay and a label map are expected, found {pictures}'
     instances = json.loads(results[0].read_text())
     found = instances['annotations'] if isinstance(instances, dict) else instances
