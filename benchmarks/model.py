@@ -2,7 +2,7 @@
 
     make bench-train      (or: python benchmarks/model.py --threads 2 --runs 9 --settings shapes nuclei r50)
 """
-import argparse, json, platform, resource, statistics, subprocess, sys, time
+import argparse, json, platform, statistics, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch, torchvision
@@ -115,12 +115,13 @@ def peak_memory(name, which, what):
 
 
 def print_peak(name, which, what):
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     model, batch = pair(name)[which], batches(name, 'cpu')[which]
-    before = peak()
     step = steps(what, model, batch, which)
-    for _ in range(2): step()
-    print(peak() - before)
+    Path('/proc/self/clear_refs').write_text('5')                  # the peak begins anew here (Linux)
+    kilobytes = lambda key: int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))
+    before = kilobytes('VmRSS')
+    for _ in range(3): step()
+    print((kilobytes('VmHWM') - before) / 1024)
 
 
 def steps(what, model, batch, which):
@@ -138,6 +139,33 @@ def measure(name, runs, device):
         out[what] = dict(torchvision_s=round(t, 4), ours_s=round(o, 4), ratio=round(o / t, 3), goal=GOALS[name])
         if device == 'cpu': out[what] |= dict(zip(('torchvision_mb', 'ours_mb'), (round(peak_memory(name, i, what)) for i in (0, 1))))
         print(f'{name:8s}{what:8s} torchvision {t:7.3f} s   ours {o:7.3f} s   ratio {o / t:.2f} (goal {GOALS[name]})', *([f"  memory {out[what]['torchvision_mb']} and {out[what]['ours_mb']} MB"] if device == 'cpu' else []), flush=True)
+    return out
+
+
+def vary(name, side=None, bs=None, level=None, slots=None, **numbers):
+    "A setting with some of its numbers changed, under a name of its own."
+    config, size, b, l, g = SETTINGS[name]
+    key = f'{name} {side} {bs} {level} {slots} {numbers}'
+    SETTINGS[key] = replace(config, **numbers), size if side is None else (side, side), bs or b, level or l, slots or g
+    return key
+
+
+def scaling(runs, device):
+    "Seconds of both against one number at a time, the others as in shapes."
+    cases = dict(side=[(n, dict(side=n, bs=1)) for n in (128, 256, 512, 1024)],
+                 batch=[(n, dict(bs=n)) for n in (1, 2, 4, 8, 16)],
+                 proposals=[(n, dict(side=256, bs=1, n_pre=2 * n, n_pre_predict=2 * n, n_post=n, n_post_predict=n)) for n in (50, 200, 800, 2000)],
+                 slots=[(n, dict(side=256, bs=2, level='crowded', slots=n)) for n in (8, 32, 128)])
+    out = {}
+    for what, values in cases.items():
+        out[what] = []
+        for n, changes in values:
+            name, row = vary('shapes', **changes), dict(n=n)
+            for step in ('train', 'predict'):
+                models, data = [m.to(device) for m in pair(name)], batches(name, device)
+                row[step] = dict(zip(('torchvision_s', 'ours_s'), (round(t, 4) for t in alternate([steps(step, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs, device))))
+            out[what].append(row)
+            print(what, row, flush=True)
     return out
 
 
@@ -205,10 +233,12 @@ def main():
     parser.add_argument('--runs', type=int, default=9)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--ap', action='store_true', help='also the time to mask AP 0.80 on the shapes')
+    parser.add_argument('--scaling', action='store_true', help='also against side, batch, proposals and slots')
     parser.add_argument('--out', type=Path, default=here / 'results' / 'model.json')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {name: measure(name, args.runs, args.device) for name in args.settings}
+    if args.scaling: results['scaling'] = scaling(max(3, args.runs // 3), args.device)
     if args.ap: results['time to mask AP 0.80'] = dict(zip(('torchvision', 'ours'), map(time_to_ap, (0, 1))))
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(dict(about=about(args), results=results), indent=1) + '\n')
