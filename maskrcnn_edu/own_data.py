@@ -14,7 +14,7 @@ __all__ = ['SUFFIXES', 'LAYOUTS', 'SPLITS', 'READERS', 'SCALES', 'STEPS', 'PAPER
            'propose', 'reasons']
 
 # %% ../nbs/23d_own_data.ipynb #28b318b7
-import collections, csv, functools, hashlib, io, json, os, re, shutil, struct
+import collections, csv, functools, hashlib, io, json, os, re, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import label as components
 
 from .anchors import nearest_anchor_iou, recommend_anchors
-from .data import (IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict, crop_boxes, find_images,
+from .data import (IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict, find_images,
     fit_box, four_numbers, load_json, number, open_data, read_image, read_mask, tight, write_atomic)
 from .nuclei import read_mask as read_mask_file
 
