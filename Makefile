@@ -41,7 +41,7 @@ test: export MKL_NUM_THREADS := 1
 test: export MASKRCNN_EDU_STATIC := 1
 test: venv
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup tests
 
 bench: venv
 	$(BIN)/python benchmarks/ops.py

@@ -26,9 +26,16 @@ def box_loss(
     labels: Tensor,         # (B, R) class, 0 background, -1 empty slot
     target_deltas: Tensor,  # (B, R, 4), read where the label is above 0
     beta=1 / 9,             # where the box loss turns from square to straight
+    box_mean=False,         # the box loss is the mean over the numbers of the positive rois
+    active=None,            # (K,) bool: rois that are taken for another class do not count in the class loss
 ) -> dict[str, Tensor]:     # loss_classifier, loss_box_reg
     "The two losses of the box head (Fast R-CNN, equations 1 to 3)."
-    n = (labels >= 0).sum().clamp(min=1)
-    loss_class = F.cross_entropy(class_logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction='sum')
+    n = n_class = (labels >= 0).sum().clamp(min=1)
+    asked = labels
+    if active is not None:
+        asked = torch.where(active[class_logits.argmax(-1)], labels, -1)                                      # (B, R)
+        n_class = (asked >= 0).sum().clamp(min=1)
+    loss_class = F.cross_entropy(class_logits.flatten(0, 1), asked.flatten(), ignore_index=-1, reduction='sum')
     box = F.smooth_l1_loss(of_class(box_deltas, labels), target_deltas, beta=beta, reduction='none').sum(-1)  # (B, R)
-    return dict(loss_classifier=loss_class / n, loss_box_reg=torch.where(labels > 0, box, 0.).sum() / n)
+    n_box = 4 * (labels > 0).sum().clamp(min=1) if box_mean else n
+    return dict(loss_classifier=loss_class / n_class, loss_box_reg=torch.where(labels > 0, box, 0.).sum() / n_box)

@@ -85,12 +85,14 @@ class ResNet(nn.Module):
         norm=nn.BatchNorm2d,   # normalisation layer
         stride_in_1x1=False,   # halve in the first 1x1 of a bottleneck (older weights)
         in_channels=3,         # of the images
+        same_pool=False,       # the stem's pooling looks right and down only, as TensorFlow's 'same' does
     ):
         super().__init__()
         block, kwargs = (Bottleneck if bottleneck else BasicBlock), dict(norm=norm, stride_in_1x1=stride_in_1x1)
         self.channels = [width * 2**i * block.expansion for i in range(4)]
         self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False), norm(width)
-        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)) if same_pool else nn.MaxPool2d(3, 2, 1)
         self.layer1 = stage(block, width, width, layers[0], 1, **kwargs)
         self.layer2 = stage(block, self.channels[0], 2 * width, layers[1], 2, **kwargs)
         self.layer3 = stage(block, self.channels[1], 4 * width, layers[2], 2, **kwargs)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['roi_align_op', 'roi_align_backward', 'neighbours', 'sample_points', 'roi_align_loop', 'roi_level', 'flatten_pyramid',
-           'bin_rows', 'bin_weights', 'whole', 'usable', 'each_box', 'roi_align_torch', 'roi_align_backward_torch',
-           'save_for_backward', 'backward', 'no_second', 'merge', 'pyramid_roi_align', 'roi_align', 'scatter_slots',
-           'random_rois']
+           'grid_rows', 'bin_rows', 'bin_weights', 'whole', 'usable', 'each_box', 'roi_align_torch',
+           'roi_align_backward_torch', 'save_for_backward', 'backward', 'no_second', 'merge', 'pyramid_roi_align',
+           'roi_align', 'scatter_slots', 'crop_points', 'pyramid_crop', 'random_rois']
 
 # %% ../nbs/12_roi_align.ipynb #e53857ec
 import math
@@ -72,10 +72,15 @@ def roi_level(
     canonical_size=224,     # a box of this side, pixels,
     canonical_level=4,      # belongs to this level
     first_level=2,          # the level of the first map
+    nudge=(0., 1e-6),       # added to the ratio of the sides, and to its logarithm
+    nearest=False,          # the nearest level, not the next finer one
+    plus=0.,                # added to each side of the box, pixels
 ) -> Tensor:                # (...) int64, 0 = finest
     "Which map of the pyramid a box is read from (FPN, equation 1)."
-    side = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).clamp(min=0).sqrt().nan_to_num()
-    level = (canonical_level + torch.log2(side / canonical_size) + 1e-6).floor()
+    width, height = boxes[..., 2] - boxes[..., 0] + plus, boxes[..., 3] - boxes[..., 1] + plus
+    side = (width * height).clamp(min=0).sqrt().nan_to_num()
+    level = canonical_level + torch.log2(side / canonical_size + nudge[0]) + nudge[1]
+    level = level.round() if nearest else level.floor()
     return level.clamp(first_level, first_level + n_levels - 1).long() - first_level
 
 # %% ../nbs/12_roi_align.ipynb #a9989fed
@@ -84,6 +89,26 @@ def flatten_pyramid(
 ) -> Tensor:                 # (B * cells, C), cells = sum of Hi * Wi
     "Every cell of every map of every image as one row of a table."
     return torch.cat([f.permute(0, 2, 3, 1).flatten(1, 2) for f in features], 1).flatten(0, 1)
+
+
+def grid_rows(
+    ys: Tensor,             # (N, bins down * sampling) rows of the points, in cells
+    xs: Tensor,             # (N, bins across * sampling) columns
+    image: Tensor,          # (N,) int64
+    level: Tensor,          # (N,) int64
+    height: Tensor,         # (L,) rows of each map
+    width: Tensor,          # (L,) columns
+    size: tuple[int, int],  # bins down and across
+    sampling=1,             # points a bin along each side
+) -> tuple[Tensor, Tensor]: # rows of the table and weights, both (N, bins down, bins across, 4 * sampling**2)
+    "Which rows of the table the points of each bin sum, and with which weights."
+    start = (height * width).cumsum(0) - height * width                             # (L,) first row of each map
+    (rows, wy), (cols, wx) = neighbours(ys, height[level][:, None]), neighbours(xs, width[level][:, None])
+    first = start[level] + image * (height * width).sum()                            # (N,)
+    rows = rows * width[level][:, None, None] + first[:, None, None]                 # (N, down * sampling, 2)
+    rows, wy = (t.unflatten(1, (size[0], 1, sampling)).flatten(3)[..., None] for t in (rows, wy))    # (N, down, 1, 2 * sampling, 1)
+    cols, wx = (t.unflatten(1, (1, size[1], sampling)).flatten(3)[:, :, :, None] for t in (cols, wx))  # (N, 1, across, 1, 2 * sampling)
+    return (rows + cols).flatten(-2), (wy * wx).flatten(-2) / sampling**2
 
 
 def bin_rows(
@@ -98,15 +123,9 @@ def bin_rows(
 ) -> tuple[Tensor, Tensor]:            # rows and weights, both (N, bins down, bins across, 4 * sampling**2)
     "Which rows of the table each bin sums, and with which weights."
     height, width = torch.tensor(maps, device=boxes.device).unbind(1)               # (L,)
-    start = (height * width).cumsum(0) - height * width                             # (L,) first row of each map
     x1, y1, x2, y2 = (boxes * boxes.new_tensor(scales)[level][:, None]).unbind(-1)  # (N,)
-    rows, wy = neighbours(sample_points(y1, y2, size[0], sampling, aligned), height[level][:, None])
-    cols, wx = neighbours(sample_points(x1, x2, size[1], sampling, aligned), width[level][:, None])
-    first = start[level] + image * (height * width).sum()                            # (N,)
-    rows = rows * width[level][:, None, None] + first[:, None, None]                 # (N, down * sampling, 2)
-    rows, wy = (t.unflatten(1, (size[0], 1, sampling)).flatten(3)[..., None] for t in (rows, wy))    # (N, down, 1, 2 * sampling, 1)
-    cols, wx = (t.unflatten(1, (1, size[1], sampling)).flatten(3)[:, :, :, None] for t in (cols, wx))  # (N, 1, across, 1, 2 * sampling)
-    return (rows + cols).flatten(-2), (wy * wx).flatten(-2) / sampling**2
+    ys, xs = sample_points(y1, y2, size[0], sampling, aligned), sample_points(x1, x2, size[1], sampling, aligned)
+    return grid_rows(ys, xs, image, level, height, width, size, sampling)
 
 # %% ../nbs/12_roi_align.ipynb #30cf1321
 def bin_weights(
@@ -276,11 +295,12 @@ def pyramid_roi_align(
     aligned=False,                 # values sit in the middle of their cells
     canonical_size=224,            # side of a box that is read from P4, pixels
     filled: Tensor | None = None,  # (B, R) bool: slots to work on; the others stay 0
+    **rule,                        # of `roi_level`
 ) -> Tensor:                       # (B, R, C, S, S)
     "ROIAlign of every box from the level that suits its size (Mask R-CNN, section 3; FPN, equation 1)."
     scales = [2. ** round(math.log2(f.shape[-2] / image_size[0])) for f in features]
     boxes = boxes.detach()
-    level = roi_level(boxes, len(features), canonical_size)                                     # (B, R)
+    level = roi_level(boxes, len(features), canonical_size, **rule)                               # (B, R)
     if filled is not None: level = torch.where(filled, level, -1)
     image = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(level)             # (B, R)
     out = torch.ops.maskrcnn_edu.roi_align(features, *(t.flatten(0, 1) for t in (boxes, image, level)), scales, size, size, sampling, aligned)
@@ -310,6 +330,44 @@ def scatter_slots(
     "Put the results of filled slots back in their places."
     out = values.new_zeros(*filled.shape, *values.shape[1:])
     return out.masked_scatter(filled.reshape(*filled.shape, *[1] * (values.ndim - 1)), values)
+
+# %% ../nbs/12_roi_align.ipynb #c7d129d0
+def crop_points(
+    near: Tensor,    # (N,) one edge, 0..1 in the picture
+    far: Tensor,     # (N,) the other
+    size: int,       # S
+    cells,           # of the map along the axis; a number or (N,)
+) -> Tensor:         # (N, S) positions in cells; not a number outside the map
+    "Evenly spaced points from edge to edge, both included."
+    step = (far - near) * (cells - 1) / (size - 1)
+    points = (near * (cells - 1))[:, None] + torch.arange(size, device=near.device) * step[:, None]
+    last = cells[:, None] - 1 if isinstance(cells, Tensor) else cells - 1
+    return torch.where((points >= 0) & (points <= last), points, torch.nan)
+
+
+def pyramid_crop(
+    features: list[Tensor],        # P2..P5, each (B, C, Hi, Wi)
+    boxes: Tensor,                 # (B, R, 4) xyxy, pixels of the network's input
+    size: int,                     # S
+    image_size,                    # (H, W) of the network's input
+    sampling=1,                    # always one point a bin
+    aligned=False,                 # always from edge to edge
+    canonical_size=224,            # side of a box that is read from P4, pixels
+    filled: Tensor | None = None,  # (B, R) bool: slots to work on; the others stay 0
+    normalised=False,              # boxes are parts of the picture already
+    **rule,                        # of `roi_level`
+) -> Tensor:                       # (B, R, C, S, S)
+    "Crop and resize in place of ROIAlign, with the same arguments."
+    side = boxes.new_tensor([image_size[1], image_size[0]] * 2)
+    filled = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device) if filled is None else filled
+    image, part = filled.nonzero()[:, 0], (boxes if normalised else boxes / side).detach()[filled]          # (N,), (N, 4)
+    level = roi_level(part * side, len(features), canonical_size, **rule)                                  # (N,)
+    height, width = torch.tensor([f.shape[-2:] for f in features], device=boxes.device).unbind(1)           # (L,)
+    x1, y1, x2, y2 = part.unbind(1)
+    ys, xs = crop_points(y1, y2, size, height[level]), crop_points(x1, x2, size, width[level])
+    rows, weights = grid_rows(ys, xs, image, level, height, width, (size, size))
+    sums = F.embedding_bag(rows.flatten(0, 2), flatten_pyramid(features), mode='sum', per_sample_weights=weights.flatten(0, 2))
+    return scatter_slots(sums.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2), filled)
 
 # %% ../nbs/12_roi_align.ipynb #92d1dbcc
 def random_rois(

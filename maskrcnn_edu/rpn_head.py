@@ -22,11 +22,15 @@ class RPNHead(nn.Module):
     def __init__(self,
         channels: int,    # C of the pyramid
         per_cell=3,       # anchors a cell
+        hidden=None,      # channels between; None: C
+        convs=1,          # shared convolutions
     ):
         super().__init__()
-        self.conv = nn.Sequential(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)))
-        self.cls_logits = nn.Conv2d(channels, per_cell, 1)
-        self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 1)
+        hidden = hidden or channels
+        n_in = [channels] + [hidden] * (convs - 1)
+        self.conv = nn.Sequential(*[nn.Sequential(nn.Conv2d(n, hidden, 3, padding=1), nn.ReLU(inplace=True)) for n in n_in])
+        self.cls_logits = nn.Conv2d(hidden, per_cell, 1)
+        self.bbox_pred = nn.Conv2d(hidden, per_cell * 4, 1)
         self.apply(init_head)
 
     def one_level(self,

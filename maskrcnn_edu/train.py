@@ -7,7 +7,7 @@ __all__ = ['ADAMW', 'SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'app', 'Recipe',
            'read_all', 'pick_device', 'fit', 'predict_all', 'evaluate', 'surely', 'results_figure', 'finish',
            'train_shapes', 'train_nuclei', 'train_coco', 'with_epochs', 'sentences', 'What', 'train', 'score_line',
            'open_for', 'is_kaggle', 'check_command', 'evaluate_command', 'predict', 'find_in', 'to_draw',
-           'trace_command']
+           'convert_command', 'trace_command']
 
 # %% ../nbs/24_train.ipynb #026a57b0
 import warnings
@@ -34,7 +34,7 @@ from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
-from .checkpoints import WeightsError, load_weights, save_weights
+from .checkpoints import WeightsError, convert, load_weights, save_weights
 from .core import composite, show_instances
 from .data import DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, to_uint8, write_atomic
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
@@ -397,6 +397,18 @@ def to_draw(image) -> np.ndarray:   # (H, W, 3) uint8
     if pixels.ndim == 2: pixels = np.repeat(pixels[..., None], 3, 2)
     if pixels.dtype != np.uint8: pixels = to_uint8(pixels)
     return pixels if pixels.shape[2] == 3 else composite(pixels)
+
+
+@app.command('convert')
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(help='of Matterport, pytorch-mask-rcnn, Detectron, Detectron.pytorch, maskrcnn-benchmark, detectron2 or torchvision, as it was downloaded')],
+    out: Annotated[Path, typer.Option(help='file to write, .safetensors')],
+    half: Annotated[bool, typer.Option('--half', help='16-bit floats: half the size')] = False,
+):
+    "Another program's checkpoint as a weight file of ours; its rules go into the header."
+    with sentences():
+        model = convert(checkpoint, out, half)
+        typer.echo(f'{out}: {model.config.n_classes} classes with background; use it with --weights {out}.')
 
 
 @app.command('trace')

@@ -1,0 +1,247 @@
+"""The whole model beside torchvision's: the same weights, widths, anchors, counts, data and optimiser; alternating in one run, medians, written to benchmarks/results/model.json
+
+    make bench-train      (or: python benchmarks/model.py --threads 2 --runs 9 --settings shapes nuclei r50)
+"""
+import argparse, json, platform, statistics, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+import torch, torchvision
+from torch import nn
+from torchvision.models import resnet
+from torchvision.models.detection import MaskRCNN as TheirMaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d
+from maskrcnn_edu import cuda
+from maskrcnn_edu.data import load_splits, make_shapes, shapes_folder
+from maskrcnn_edu.detections import paste_masks, to_instances
+from maskrcnn_edu.evaluate import CocoEval
+from maskrcnn_edu.learner import to_slots
+from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
+from maskrcnn_edu.resnet import RESNET18, RESNET50
+
+here = Path(__file__).parent
+COMMON = dict(box_passes=1, aligned=False, box_beta=1 / 9)     # as torchvision has it
+SETTINGS = {   # config, side of the images, batch, level of the drawings, slots
+    'shapes': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_masks=16), (128, 128), 8, 'classic', 8),
+    'nuclei': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_classes=2, sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=500,
+                       n_post_predict=400, rpn_sample=256, n_rois=96, positive_fraction=.25, n_masks=24, n_detections=100), (256, 256), 4, 'crowded', 64),
+    'r50': (replace(MaskRCNNConfig(), **RESNET50, width=64, norm='frozen'), (800, 1088), 1, 'crowded', 32)}
+GOALS = dict(shapes=.67, nuclei=.67, r50=.9)
+
+
+def their_model(c: MaskRCNNConfig, size) -> TheirMaskRCNN:
+    "torchvision's model with the numbers of our configuration."
+    norm = dict(batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d)[c.norm]
+    body = resnet.ResNet(resnet.Bottleneck if c.bottleneck else resnet.BasicBlock, list(c.layers), norm_layer=norm)
+    channels = [64 * 2**i * (4 if c.bottleneck else 1) for i in range(4)]
+    backbone = BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, c.channels)
+    return TheirMaskRCNN(backbone, None, min_size=min(size), max_size=max(size), image_mean=list(c.mean), image_std=list(c.std), size_divisible=32,
+        rpn_anchor_generator=AnchorGenerator(c.sizes, (c.ratios,) * 5), rpn_pre_nms_top_n_train=c.n_pre, rpn_post_nms_top_n_train=c.n_post, rpn_pre_nms_top_n_test=c.n_pre_predict,
+        rpn_post_nms_top_n_test=c.n_post_predict, rpn_batch_size_per_image=c.rpn_sample, box_batch_size_per_image=c.n_rois, box_positive_fraction=c.positive_fraction, box_detections_per_img=c.n_detections,
+        box_head=TwoMLPHead(c.channels * c.box_bins**2, c.hidden), box_predictor=FastRCNNPredictor(c.hidden, c.n_classes),
+        mask_head=MaskRCNNHeads(c.channels, (c.mask_channels,) * 4, 1), mask_predictor=MaskRCNNPredictor(c.mask_channels, c.mask_channels, c.n_classes))
+
+
+def pair(name, seed=0):
+    "Both models with the same weights, and a batch of drawings for each."
+    config, size, bs, level, slots = SETTINGS[name]
+    torch.manual_seed(seed)
+    theirs = their_model(config, size)
+    nn.init.normal_(theirs.roi_heads.box_predictor.cls_score.weight, std=.05)    # undecided enough that all slots are filled
+    ours = MaskRCNN(config)
+    ours.load_state_dict({k.replace('roi_heads.', ''): v for k, v in theirs.state_dict().items()})
+    return theirs, ours.to(memory_format=torch.channels_last)
+
+
+def batches(name, device, seed=0):
+    "The same images and objects, in the form that each wants."
+    config, size, bs, level, slots = SETTINGS[name]
+    samples = make_shapes(bs, seed=seed, size=max(size), level=level)
+    pieces = [(s.image[:size[0]], s.instances.window(0, 0, *size)) for s in samples]
+    images = torch.stack([torch.tensor(im).permute(2, 0, 1) / 255 for im, _ in pieces]).to(device)
+    boxes, labels, masks = (torch.stack(t).to(device) for t in zip(*(to_slots(o, slots) for _, o in pieces)))
+    labels = labels.clamp(max=config.n_classes - 1)
+    targets = [dict(boxes=b[l > 0], labels=l[l > 0], masks=m[l > 0]) for b, l, m in zip(boxes, labels, masks)]
+    return (list(images), targets), (images.contiguous(memory_format=torch.channels_last), boxes, labels, masks)
+
+
+def train_step(model, batch, fused):
+    "One step of training, as a function."
+    opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=fused)
+    def step():
+        opt.zero_grad()
+        sum(model(*batch).values()).backward()
+        opt.step()
+    return step
+
+
+def their_predict(model, batch):
+    @torch.no_grad()
+    def predict(): return [r['masks'] > .5 for r in model(batch[0])]
+    return predict
+
+
+def our_predict(model, batch):
+    def predict():
+        d, (h, w) = model.predict(batch[0]), batch[0].shape[-2:]
+        return [paste_masks(m[l > 0], b[l > 0], h, w) for b, l, m in zip(d.boxes, d.labels, d.masks)]
+    return predict
+
+
+def synchronise(device):
+    if device != 'cpu': torch.cuda.synchronize()
+
+
+def alternate(functions, runs, device):
+    "Median seconds of each; one after the other, so that both meet the same machine."
+    times = [[] for _ in functions]
+    for i in range(runs + 1):
+        for f, seconds in zip(functions, times):
+            synchronise(device)
+            start = time.perf_counter()
+            f()
+            synchronise(device)
+            if i: seconds.append(time.perf_counter() - start)     # the first one warms up
+    return [statistics.median(t) for t in times]
+
+
+def peak_memory(name, which, what):
+    "Megabytes that one step takes beyond what the imports took, in a process of its own."
+    code = f'import sys; sys.path.insert(0, {str(here)!r}); import model; model.print_peak({name!r}, {which}, {what!r})'
+    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(name, which, what):
+    model, batch = pair(name)[which], batches(name, 'cpu')[which]
+    step = steps(what, model, batch, which)
+    Path('/proc/self/clear_refs').write_text('5')                  # the peak begins anew here (Linux)
+    kilobytes = lambda key: int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))
+    before = kilobytes('VmRSS')
+    for _ in range(3): step()
+    print((kilobytes('VmHWM') - before) / 1024)
+
+
+def steps(what, model, batch, which):
+    "A step of torchvision's (0) or ours (1)."
+    if what == 'train': return train_step(model.train(), batch, fused=bool(which))
+    return (their_predict, our_predict)[which](model.eval(), batch)
+
+
+def measure(name, runs, device):
+    "Training step and prediction, with memory, of one setting."
+    out = {}
+    for what in ('train', 'predict'):
+        models, data = [m.to(device) for m in pair(name)], batches(name, device)
+        t, o = alternate([steps(what, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs, device)
+        out[what] = dict(torchvision_s=round(t, 4), ours_s=round(o, 4), ratio=round(o / t, 3), goal=GOALS[name])
+        if device == 'cpu': out[what] |= dict(zip(('torchvision_mb', 'ours_mb'), (round(peak_memory(name, i, what)) for i in (0, 1))))
+        print(f'{name:8s}{what:8s} torchvision {t:7.3f} s   ours {o:7.3f} s   ratio {o / t:.2f} (goal {GOALS[name]})', *([f"  memory {out[what]['torchvision_mb']} and {out[what]['ours_mb']} MB"] if device == 'cpu' else []), flush=True)
+    return out
+
+
+def vary(name, side=None, bs=None, level=None, slots=None, **numbers):
+    "A setting with some of its numbers changed, under a name of its own."
+    config, size, b, l, g = SETTINGS[name]
+    key = f'{name} {side} {bs} {level} {slots} {numbers}'
+    SETTINGS[key] = replace(config, **numbers), size if side is None else (side, side), bs or b, level or l, slots or g
+    return key
+
+
+def scaling(runs, device):
+    "Seconds of both against one number at a time, the others as in shapes."
+    cases = dict(side=[(n, dict(side=n, bs=1)) for n in (128, 256, 512, 1024)],
+                 batch=[(n, dict(bs=n)) for n in (1, 2, 4, 8, 16)],
+                 proposals=[(n, dict(side=256, bs=1, n_pre=2 * n, n_pre_predict=2 * n, n_post=n, n_post_predict=n)) for n in (50, 200, 800, 2000)],
+                 slots=[(n, dict(side=256, bs=2, level='crowded', slots=n)) for n in (8, 32, 128)])
+    out = {}
+    for what, values in cases.items():
+        out[what] = []
+        for n, changes in values:
+            name, row = vary('shapes', **changes), dict(n=n)
+            for step in ('train', 'predict'):
+                models, data = [m.to(device) for m in pair(name)], batches(name, device)
+                row[step] = dict(zip(('torchvision_s', 'ours_s'), (round(t, 4) for t in alternate([steps(step, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs, device))))
+            out[what].append(row)
+            print(what, row, flush=True)
+    return out
+
+
+def time_to_ap(which, goal=.8, every=63, most=2000, seed=0):
+    "Seconds of training steps until mask AP on the valid shapes reaches the goal; both see the same batches."
+    config, size, bs, _, slots = SETTINGS['shapes']
+    train, valid = load_splits(shapes_folder())
+    model = pair('shapes', seed)[which].train()
+    opt = torch.optim.AdamW(model.parameters(), 1e-3, fused=bool(which))
+    rng, seconds, history = torch.Generator().manual_seed(seed), 0., []
+    for step in range(1, most + 1):
+        samples = [train[int(i)] for i in torch.randint(len(train), (bs,), generator=rng)]
+        start = time.perf_counter()
+        images = torch.stack([torch.tensor(s.image).permute(2, 0, 1) / 255 for s in samples])
+        slotted = [to_slots(s.instances, slots) for s in samples]
+        if which: batch = images.contiguous(memory_format=torch.channels_last), *(torch.stack(t) for t in zip(*slotted))
+        else: batch = list(images), [dict(boxes=b[l > 0], labels=l[l > 0], masks=m[l > 0]) for b, l, m in slotted]
+        loss = sum(model(*batch).values())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        seconds += time.perf_counter() - start
+        if step % every == 0:
+            ap = mask_ap(model, valid, which)
+            history.append(dict(step=step, seconds=round(seconds, 1), mask_ap=round(ap, 4)))
+            print(('torchvision', 'ours')[which], history[-1], flush=True)
+            if ap >= goal: break
+    return history
+
+
+@torch.no_grad()
+def mask_ap(model, valid, which):
+    "Mask AP, by our evaluation, which equals pycocotools."
+    coco = CocoEval(valid.classes, 20)
+    model.eval()
+    for s in valid:
+        image = torch.tensor(s.image).permute(2, 0, 1)[None] / 255
+        if which: found = [t[0] for t in model.predict(image)]
+        else:
+            r, = model(list(image))
+            coco.add(s.instances, theirs_as_instances(r, s.image.shape[:2]))
+            continue
+        coco.add(s.instances, to_instances(*found, s.image.shape[:2]))
+    model.train()
+    return coco.compute()['mask_ap']
+
+
+def theirs_as_instances(r, size):
+    from maskrcnn_edu.data import Instances
+    keep = (r['masks'][:, 0] > .5).flatten(1).any(1)
+    masks = (r['masks'][keep, 0] > .5).numpy() if len(r['masks']) else torch.zeros(0, *size).numpy()
+    return Instances.from_masks(masks.reshape(-1, *size), r['labels'][keep].numpy(), r['scores'][keep].numpy(), boxes=r['boxes'][keep].numpy())
+
+
+def about(args):
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
+    return dict(processor=cpu, device=torch.cuda.get_device_name() if args.device != 'cpu' else 'cpu', threads=args.threads, backend=cuda.backend(), torch=torch.__version__, torchvision=torchvision.__version__, runs=args.runs,
+                command='python ' + ' '.join(sys.argv))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--settings', nargs='*', default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--runs', type=int, default=9)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--ap', action='store_true', help='also the time to mask AP 0.80 on the shapes')
+    parser.add_argument('--scaling', action='store_true', help='also against side, batch, proposals and slots')
+    parser.add_argument('--out', type=Path, default=here / 'results' / 'model.json')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {name: measure(name, args.runs, args.device) for name in args.settings}
+    if args.scaling: results['scaling'] = scaling(max(3, args.runs // 3), args.device)
+    if args.ap: results['time to mask AP 0.80'] = dict(zip(('torchvision', 'ours'), map(time_to_ap, (0, 1))))
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(dict(about=about(args), results=results), indent=1) + '\n')
+
+
+if __name__ == '__main__': main()
