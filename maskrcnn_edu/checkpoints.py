@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'SYSTEMS', 'LAST', 'save_weights', 'shipped', 'find_weights', 'WeightsError', 'tupled', 'read_header',
            'load_weights', 'from_torchvision', 'NumbersOnly', 'read_pickle', 'read_torch', 'read_keras', 'read_file',
            'flat', 'System', 'layers_of', 'folded', 'as_frozen', 'our_order', 'recognise', 'count_blocks', 'translate',
-           'read_checkpoint', 'with_numbers', 'from_checkpoint', 'class_names', 'convert']
+           'read_checkpoint', 'with_numbers', 'class_names', 'from_checkpoint', 'convert']
 
 # %% ../nbs/22_checkpoints.ipynb #029cedc1
 import json
@@ -412,27 +412,6 @@ def with_numbers(
     return replace(config, **numbers, conventions=replace(config.conventions, **rules))
 
 
-def from_checkpoint(
-    path,                 # of our own, or of one of `SYSTEMS`
-    n_classes=None,       # K for fine-tuning: the last layers begin anew
-    **numbers,            # of the configuration
-) -> MaskRCNN:            # in eval mode
-    "A model with the weights of a file, by the rules of the program that wrote it; it predicts raw RGB pictures."
-    if Path(path).suffix == '.safetensors':
-        config, state = read_header(find_weights(path))[0], load_weights(path)[0].state_dict()
-        config = with_numbers(config, **numbers)
-    else: _, state, config = read_checkpoint(path, **numbers)
-    fresh = [] if n_classes in (None, config.n_classes) else [k for k in state if k.startswith(LAST)]
-    model = MaskRCNN(replace(config, n_classes=n_classes or config.n_classes))
-    if fresh: print(f'{path}: {n_classes} classes in place of {config.n_classes}, so these begin anew: {", ".join(fresh)}.')
-    try: model.load_state_dict({k: model.state_dict()[k] if k in fresh else v for k, v in state.items()})
-    except RuntimeError as e: raise WeightsError(f'{path}: a tensor has another shape than this model\'s ({str(e).splitlines()[-1].strip()}).') from None
-    return model.eval()
-
-
-MaskRCNN.from_checkpoint = staticmethod(from_checkpoint)
-
-# %% ../nbs/22_checkpoints.ipynb #dia00025
 def class_names(
     n: int,           # K, with background
 ) -> list[str]:
@@ -441,6 +420,32 @@ def class_names(
     return {91: coco, 81: [c for c in coco if c != 'N/A']}.get(n) or ['background', *(f'class {i}' for i in range(1, n))]
 
 
+def from_checkpoint(
+    path,                 # of our own, the name of a model that ships, or of one of `SYSTEMS`
+    n_classes=None,       # K for fine-tuning: the last layers begin anew
+    classes=None,         # or the K names, 'background' first: they begin anew unless the file has the same names
+    **numbers,            # of the configuration
+) -> MaskRCNN:            # in eval mode
+    "A model with the weights of a file, by the rules of the program that wrote it; it predicts raw RGB pictures."
+    if Path(path).suffix == '.safetensors' or not Path(path).suffix and not Path(path).is_file():
+        (config, names), state = read_header(find_weights(path)), load_weights(path)[0].state_dict()
+        config = with_numbers(config, **numbers)
+    else:
+        _, state, config = read_checkpoint(path, **numbers)
+        names = class_names(config.n_classes)
+    k = len(classes) if classes else n_classes or config.n_classes
+    anew = list(classes) != names if classes else k != config.n_classes
+    fresh = [name for name in state if anew and name.startswith(LAST)]
+    model = MaskRCNN(replace(config, n_classes=k))
+    if fresh: print(f'{path}: {k} classes in place of {config.n_classes}, so these begin anew: {", ".join(fresh)}.')
+    try: model.load_state_dict({k: model.state_dict()[k] if k in fresh else v for k, v in state.items()})
+    except RuntimeError as e: raise WeightsError(f'{path}: a tensor has another shape than this model\'s ({str(e).splitlines()[-1].strip()}).') from None
+    return model.eval()
+
+
+MaskRCNN.from_checkpoint = staticmethod(from_checkpoint)
+
+# %% ../nbs/22_checkpoints.ipynb #dia00025
 def convert(
     path,          # checkpoint of another program
     out,           # file to write, .safetensors

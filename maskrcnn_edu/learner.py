@@ -622,13 +622,15 @@ def mask_rcnn_learner(
     seed=0,             # of the initial weights and of every epoch
     cbs=(),             # more callbacks
     metrics=(),         # more columns
+    model=None,         # a network that was trained before, with its own configuration, in place of a fresh one
     **kwargs,           # of the Learner
 ) -> Learner:
     "An ordinary fastai Learner for Mask R-CNN."
+    if model is not None: config = model.config
     first = dls.train_ds.items[0]
     check_channels(first.dataset[first.index].image, config, first.name)
     set_seed(seed)
-    model, parts = MaskRCNN(config), LossParts()
+    model, parts = model or MaskRCNN(config), LossParts()
     if pretrained: load_imagenet(model)
     model = model.to(memory_format=torch.channels_last)   # the order of memory that convolutions like best
     for dl in dls.loaders:

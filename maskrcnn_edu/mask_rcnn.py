@@ -265,9 +265,9 @@ class MaskRCNN(Noting, nn.Module):
         truth = normalise(boxes, *image_size) if c.conventions.normalised else boxes
         targets = torch.vmap(self.build_targets)(p.boxes, p.valid, truth, labels, masks, noise.head)
         self.note(gt=dict(boxes=boxes, labels=labels, masks=masks), rpn_targets=rpn_targets, proposals=p, head_targets=targets)
-        return self.losses(features, image_size, rpn, rpn_targets, targets, place)
+        return self.compute_losses(features, image_size, rpn, rpn_targets, targets, place)
 
-    def losses(self, features, image_size, rpn, rpn_targets, targets, place=None, active=None) -> dict[str, Tensor]:
+    def compute_losses(self, features, image_size, rpn, rpn_targets, targets, place=None, active=None) -> dict[str, Tensor]:
         "The five losses on samples that were drawn; `active` is for `box_loss`."
         c = self.config
         class_logits, box_deltas = self.box_branch(features, targets.rois, targets.labels >= 0, image_size, *where(place))

@@ -258,3 +258,34 @@ def test_torchvision_finds_the_same(build, tmp_path):
         assert differ <= 1e-4 * want['masks'].numel()
     print(total, 'detections')
     assert total > 5
+
+
+# ---- learning on from other weights ----
+
+def test_the_command_starts_from_a_checkpoint(tmp_path, capsys):
+    "The network and its rules are the file's, the numbers of boxes are the recipe's, and the last layers begin anew."
+    from typer.testing import CliRunner
+    from maskrcnn_edu.data import CLASSES, make_shapes, write_coco
+    from maskrcnn_edu.train import app
+    write_coco(make_shapes(5, seed=1), tmp_path/'set', 'x', CLASSES)
+    (tmp_path/'set/annotations/x.json').rename(tmp_path/'set/annotations.json')
+    file = written('detectron2', checkpoint('detectron2'), tmp_path)
+    args = ['train', 'coco', '--data', str(tmp_path/'set'), '--epochs', '1', '--device', 'cpu', '--out', str(tmp_path/'run')]
+    done = CliRunner().invoke(app, [*args, '--start', str(file)])
+    assert done.exit_code == 0 and '4 classes in place of 5, so these begin anew: box_predictor.cls_score.weight' in done.output, (done.output, done.exception)
+    model, names = load_weights(tmp_path/'run/weights.safetensors')
+    assert names == CLASSES and model.config.conventions == replace(SYSTEMS['detectron2'].config.conventions, short_side=0)
+    assert model.config.layers == (1, 1, 1, 1) and model.config.hidden == 16 and model.config.n_rois == 32
+    both = CliRunner().invoke(app, [*args, '--start', str(file), '--pretrained'])
+    assert both.exit_code == 1 and 'give one' in both.output
+    nowhere = CliRunner().invoke(app, [*args, '--start', str(tmp_path/'none.pth')])
+    assert nowhere.exit_code == 1 and 'none.pth: no such checkpoint' in nowhere.output
+    assert MaskRCNN.from_checkpoint('shapes', classes=CLASSES).config == load_weights('shapes')[0].config
+
+
+def test_as_many_classes_with_other_names(tmp_path, capsys):
+    names = ['background', 'cat', 'dog', 'horse']
+    kept, anew = MaskRCNN.from_checkpoint('shapes'), MaskRCNN.from_checkpoint('shapes', classes=names)
+    assert 'begin anew' in capsys.readouterr().out
+    same = {k for k, v in kept.state_dict().items() if torch.equal(v, anew.state_dict()[k])}
+    assert {k.rsplit('.', 1)[0] for k in kept.state_dict().keys() - same} == {'box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits'}

@@ -412,7 +412,7 @@ class Step(nn.Module):
     def forward(self, images, place, labels, deltas, *samples, active=None):
         features, size = self.model.features(images), images.shape[-2:]
         rpn = self.model.rpn(features, size)
-        return self.model.losses(features, size, rpn, RPNTargets(labels[None], deltas[None]), HeadTargets(*(s[None] for s in samples)), place, active)
+        return self.model.compute_losses(features, size, rpn, RPNTargets(labels[None], deltas[None]), HeadTargets(*(s[None] for s in samples)), place, active)
 
 
 def samples(case, setup):
