@@ -622,6 +622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maskrcnn_edu.mask_rcnn.group_norm': ('mask_rcnn.html#group_norm', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.pool_rule': ('mask_rcnn.html#pool_rule', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.target_rule': ('mask_rcnn.html#target_rule', 'maskrcnn_edu/mask_rcnn.py'),
+                                        'maskrcnn_edu.mask_rcnn.used_slots': ('mask_rcnn.html#used_slots', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.where': ('mask_rcnn.html#where', 'maskrcnn_edu/mask_rcnn.py'),
                                         'maskrcnn_edu.mask_rcnn.whole_window': ( 'mask_rcnn.html#whole_window',
                                                                                  'maskrcnn_edu/mask_rcnn.py')},

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SHAPES', 'Conventions', 'MaskRCNNConfig', 'group_norm', 'Detections', 'Noise', 'Place', 'pool_rule',
-           'target_rule', 'filter_rule', 'where', 'far', 'whole_window', 'differing', 'MaskRCNN', 'GradCAM', 'grad_cam']
+           'target_rule', 'filter_rule', 'where', 'used_slots', 'far', 'whole_window', 'differing', 'MaskRCNN',
+           'GradCAM', 'grad_cam']
 
 # %% ../nbs/19_mask_rcnn.ipynb #c621e6f4
 import math
@@ -20,7 +21,7 @@ from .box_loss import box_loss, of_class
 from .detections import Detected, detect
 from .fpn import Backbone
 from .head_targets import HeadTargets, corner_masks, crop_masks, head_targets
-from .mask_head import MaskHead, MaskPredictor, predict_masks
+from .mask_head import MaskHead, MaskPredictor, fixed_shapes, predict_masks
 from .mask_loss import mask_loss
 from .proposals import Proposals
 from .resnet import ResNet, TINY
@@ -186,6 +187,14 @@ def where(place) -> tuple:
     return () if place is None else (place,)
 
 
+def used_slots(
+    labels: Tensor,   # (B, G) 0 = empty slot
+) -> int:             # at most G
+    "The slots up to the last that any image fills, so that no overlaps with nothing are computed; where shapes must stay fixed, all."
+    if fixed_shapes(labels): return labels.shape[1]
+    return max((labels != 0).any(0).nonzero()[:, 0].tolist(), default=-1) + 1
+
+
 def far(pixel: Tensor) -> Tensor:   # (B, 1, 4)
     "A shift of the far corner by `pixel` (B,)."
     return pixel[:, None, None] * numbers([0, 0, 1, 1], pixel)
@@ -260,6 +269,8 @@ class MaskRCNN(Noting, nn.Module):
         "Frames *RPN* and *Head* in training, from the feature maps on."
         c, rpn = self.config, self.ask(features, image_size)
         if noise is None: noise = self.draw_noise(len(boxes), len(rpn.anchors), c.n_post + boxes.shape[1], boxes)
+        g = used_slots(labels)
+        boxes, labels, masks, noise = boxes[:, :g], labels[:, :g], masks[:, :g], noise._replace(head=noise.head[:, :c.n_post + g])
         rpn_targets = self.label(rpn, boxes, labels, noise.rpn, place)
         p = self.propose(rpn, c.n_pre, c.n_post, place)
         truth = normalise(boxes, *image_size) if c.conventions.normalised else boxes
