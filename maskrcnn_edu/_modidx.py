@@ -307,6 +307,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'maskrcnn_edu.fpn.top_down': ('fpn.html#top_down', 'maskrcnn_edu/fpn.py')},
             'maskrcnn_edu.head_targets': { 'maskrcnn_edu.head_targets.HeadTargets': ( 'head_targets.html#headtargets',
                                                                                       'maskrcnn_edu/head_targets.py'),
+                                           'maskrcnn_edu.head_targets.align_masks': ( 'head_targets.html#align_masks',
+                                                                                      'maskrcnn_edu/head_targets.py'),
                                            'maskrcnn_edu.head_targets.axis_weights': ( 'head_targets.html#axis_weights',
                                                                                        'maskrcnn_edu/head_targets.py'),
                                            'maskrcnn_edu.head_targets.choose_rois': ( 'head_targets.html#choose_rois',

@@ -58,6 +58,6 @@ def predict_masks(
     filled: Tensor,                # (B, M) bool
 ) -> Tensor:                       # (B, M, K, 2S, 2S) logits, 0 in empty slots
     "Masks of the filled slots. On a CPU only they are worked on; where shapes must stay fixed, all are."
-    if not fixed_shapes(filled): return scatter_slots(predictor(head(mask_features[filled])), filled)
+    if not fixed_shapes(filled): return scatter_slots(predictor(head(mask_features.flatten(0, 1).index_select(0, filled.flatten().nonzero()[:, 0]))), filled)
     logits = predictor(head(mask_features.flatten(0, 1))).unflatten(0, filled.shape)
     return torch.where(filled[..., None, None, None], logits, 0.)

@@ -20,7 +20,7 @@ from .box_head import BoxHead, BoxPredictor
 from .box_loss import box_loss, of_class
 from .detections import Detected, detect
 from .fpn import Backbone
-from .head_targets import HeadTargets, corner_masks, crop_masks, head_targets
+from .head_targets import HeadTargets, align_masks, corner_masks, head_targets
 from .mask_head import MaskHead, MaskPredictor, fixed_shapes, predict_masks
 from .mask_loss import mask_loss
 from .proposals import Proposals
@@ -173,7 +173,7 @@ def pool_rule(c): return dict(nudge=c.conventions.level_nudge, nearest=c.convent
 
 def target_rule(c):
     v = c.conventions
-    crop = partial(corner_masks, normalised=v.normalised) if v.crop else crop_masks
+    crop = partial(corner_masks, normalised=v.normalised) if v.crop else align_masks
     return dict(add_truth=v.add_truth, negatives=1 / c.positive_fraction - 1 if v.negatives_by_fraction else None, crop=crop, hard=v.hard_masks)
 
 

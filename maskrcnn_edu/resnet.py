@@ -102,7 +102,7 @@ class ResNet(nn.Module):
     def forward(self,
         images: Tensor,  # (B, in_channels, H, W)
     ) -> list[Tensor]:   # C2..C5
-        c1 = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
+        c1 = self.relu(self.maxpool(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
         c2 = self.layer1(c1)  # (B, C2, H/4, W/4)
         c3 = self.layer2(c2)  # (B, C3, H/8, W/8)
         c4 = self.layer3(c3)  # (B, C4, H/16, W/16)

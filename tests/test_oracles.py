@@ -98,7 +98,7 @@ class Case:
     def maps(self):
         "C1 to C5, P2 to P6."
         body, c1 = self.model.backbone.body, []
-        hooks = [body.maxpool.register_forward_hook(lambda m, args, out: c1.append(out)), body.register_forward_hook(lambda m, args, out: c1.extend(out))]
+        hooks = [body.maxpool.register_forward_hook(lambda m, args, out: c1.append(out.relu())), body.register_forward_hook(lambda m, args, out: c1.extend(out))]
         with torch.no_grad(): pyramid = self.model.features(self.input[0])
         for h in hooks: h.remove()
         return c1, pyramid
