@@ -829,6 +829,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'maskrcnn_edu.resnet.ResNet': ('resnet.html#resnet', 'maskrcnn_edu/resnet.py'),
                                      'maskrcnn_edu.resnet.ResNet.__init__': ('resnet.html#resnet.__init__', 'maskrcnn_edu/resnet.py'),
                                      'maskrcnn_edu.resnet.ResNet.forward': ('resnet.html#resnet.forward', 'maskrcnn_edu/resnet.py'),
+                                     'maskrcnn_edu.resnet.fold_norms': ('resnet.html#fold_norms', 'maskrcnn_edu/resnet.py'),
                                      'maskrcnn_edu.resnet.init_conv': ('resnet.html#init_conv', 'maskrcnn_edu/resnet.py'),
                                      'maskrcnn_edu.resnet.shortcut': ('resnet.html#shortcut', 'maskrcnn_edu/resnet.py'),
                                      'maskrcnn_edu.resnet.spread_channels': ('resnet.html#spread_channels', 'maskrcnn_edu/resnet.py'),

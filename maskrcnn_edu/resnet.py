@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['TINY', 'RESNET18', 'RESNET34', 'RESNET50', 'RESNET101', 'shortcut', 'BasicBlock', 'Bottleneck', 'stage', 'init_conv',
-           'ResNet', 'spread_channels']
+           'ResNet', 'spread_channels', 'fold_norms']
 
 # %% ../nbs/04_resnet.ipynb #c46698e8
+import copy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 # %% ../nbs/04_resnet.ipynb #12b5f5df
 def shortcut(
@@ -35,7 +38,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + identity)
+        return self.relu(self.bn2(self.conv2(x)).add_(identity))
 
 # %% ../nbs/04_resnet.ipynb #25fe5183
 class Bottleneck(nn.Module):
@@ -54,7 +57,7 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)) + identity)
+        return self.relu(self.bn3(self.conv3(x)).add_(identity))
 
 # %% ../nbs/04_resnet.ipynb #61ea03e6
 def stage(
@@ -124,3 +127,17 @@ def spread_channels(
     "The mean of the channels for each new one; what is grey gives the same answer as before."
     n = weight.shape[1]
     return weight if n == in_channels else weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1) * (n / in_channels)
+
+# %% ../nbs/04_resnet.ipynb #d0f1c917
+def fold_norms(
+    module: nn.Module,   # a ResNet, or a model with one in it
+) -> nn.Module:          # a copy in eval mode, for prediction alone: it would learn otherwise
+    "Batch norms and frozen norms become part of the convolution before them; the answers are the same."
+    module = copy.deepcopy(module).eval()
+    for m in module.modules():
+        for conv, norm in (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1')):      # 0 and 1: of the shortcut
+            a, b = getattr(m, conv, None), getattr(m, norm, None)
+            if isinstance(a, nn.Conv2d) and isinstance(b, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+                setattr(m, conv, fuse_conv_bn_eval(a, b))
+                setattr(m, norm, nn.Identity())
+    return module
