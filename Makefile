@@ -7,7 +7,7 @@ DATA    ?= ../shared/data/dsb2018_stage1_train.zip
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv train nuclei test bench mosaic gpu lab site readme clean
+.PHONY: help venv train nuclei test bench bench-train mosaic gpu gpu-model lab site readme clean
 
 help:
 	@echo 'make venv     the environment in $(VENV) (about 6 GB, a few minutes)'
@@ -15,8 +15,10 @@ help:
 	@echo 'make nuclei   train on real nuclei, DATA=folder or zip, results in runs/nuclei'
 	@echo 'make test     run every notebook, then pytest'
 	@echo 'make bench    our ops beside torchvision'\''s on this CPU, into benchmarks/results/ops.json'
+	@echo 'make bench-train  the whole model beside torchvision'\''s on this CPU, into benchmarks/results/model.json (40 minutes)'
 	@echo 'make mosaic   8,192 x 8,192 pixels of nuclei in tiles: memory, counts, seams, into benchmarks/results/mosaic.json; DATA=folder or zip'
 	@echo 'make gpu      all checks and measurements that need a GPU, into benchmarks/results/; PYTHON has torch and torchvision'
+	@echo 'make gpu-model  the whole model on a GPU: ratios, graphs, time to mask AP 0.93; without one as far as it goes'
 	@echo 'make lab      open the notebooks'
 	@echo 'make site     static pages of all lessons, modules and tests, into build/site; offline'
 	@echo 'make readme   write README.md from nbs/index.ipynb'
@@ -46,12 +48,18 @@ test: venv
 bench: venv
 	$(BIN)/python benchmarks/ops.py
 
+bench-train: venv
+	$(BIN)/python benchmarks/model.py --scaling --ap --options
+
 mosaic: venv
 	$(BIN)/python benchmarks/mosaic.py --data $(DATA)
 
 # on a machine that has torch and torchvision already: no environment of its own is made
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+gpu-model:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_model.py
 
 lab: venv
 	$(BIN)/nbdev-trust

@@ -2,7 +2,7 @@
 
     make bench-train      (or: python benchmarks/model.py --threads 2 --runs 9 --settings shapes nuclei r50)
 """
-import argparse, json, platform, statistics, subprocess, sys, time
+import argparse, ctypes, gc, json, platform, statistics, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch, torchvision
@@ -21,6 +21,7 @@ from maskrcnn_edu.evaluate import CocoEval
 from maskrcnn_edu.learner import to_slots
 from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from maskrcnn_edu.resnet import RESNET18, RESNET50, fold_norms
+from maskrcnn_edu.speed import alternate, profile_step
 
 here = Path(__file__).parent
 COMMON = dict(box_passes=1, aligned=False, box_beta=1 / 9)     # as torchvision has it
@@ -29,6 +30,7 @@ SETTINGS = {   # config, side of the images, batch, level of the drawings, slots
     'nuclei': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_classes=2, sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=500,
                        n_post_predict=400, rpn_sample=256, n_rois=96, positive_fraction=.25, n_masks=24, n_detections=100), (256, 256), 4, 'crowded', 64),
     'r50': (replace(MaskRCNNConfig(), **RESNET50, width=64, norm='frozen'), (800, 1088), 1, 'crowded', 32)}
+ORIGINAL = set(SETTINGS)
 GOALS = dict(shapes=.67, nuclei=.67, r50=.9)
 
 
@@ -91,32 +93,27 @@ def our_predict(model, batch):
     return predict
 
 
-def synchronise(device):
-    if device != 'cpu': torch.cuda.synchronize()
+def apart(call, n=1):
+    "Start `model.<call>` in n processes of their own at once; the last word that each prints, as a number."
+    code = f'import sys; sys.path.insert(0, {str(here)!r}); import model; model.SETTINGS.update({ {k: v for k, v in SETTINGS.items() if k not in ORIGINAL} !r}); model.{call}'
+    code = 'from maskrcnn_edu.mask_rcnn import *; ' + code
+    runs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(n)]
+    said = [r.communicate() for r in runs]
+    for r, (_, errors) in zip(runs, said):
+        if r.returncode: raise RuntimeError(errors[-2000:])
+    return [float(out.split()[-1]) for out, _ in said]
 
 
-def alternate(functions, runs, device):
-    "Median seconds of each; one after the other, so that both meet the same machine."
-    times = [[] for _ in functions]
-    for i in range(runs + 1):
-        for f, seconds in zip(functions, times):
-            synchronise(device)
-            start = time.perf_counter()
-            f()
-            synchronise(device)
-            if i: seconds.append(time.perf_counter() - start)     # the first one warms up
-    return [statistics.median(t) for t in times]
-
-
-def peak_memory(name, which, what):
-    "Megabytes that one step takes beyond what the imports took, in a process of its own."
-    code = f'import sys; sys.path.insert(0, {str(here)!r}); import model; model.print_peak({name!r}, {which}, {what!r})'
-    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1])
+def peak_memory(name, which, what, times=5):
+    "Megabytes that three steps take beyond what the imports took, in a process of its own; the median of some, since the allocator has moods."
+    return statistics.median(apart(f'print_peak({name!r}, {which}, {what!r})')[0] for _ in range(times))
 
 
 def print_peak(name, which, what):
     model, batch = pair(name)[which], batches(name, 'cpu')[which]
     step = steps(what, model, batch, which)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)                               # what building both models left unused goes back first
     Path('/proc/self/clear_refs').write_text('5')                  # the peak begins anew here (Linux)
     kilobytes = lambda key: int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))
     before = kilobytes('VmRSS')
@@ -135,9 +132,9 @@ def measure(name, runs, device):
     out = {}
     for what in ('train', 'predict'):
         models, data = [m.to(device) for m in pair(name)], batches(name, device)
-        t, o = alternate([steps(what, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs, device)
+        t, o = alternate([steps(what, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs)
         out[what] = dict(torchvision_s=round(t, 4), ours_s=round(o, 4), ratio=round(o / t, 3), goal=GOALS[name])
-        if device == 'cpu': out[what] |= dict(zip(('torchvision_mb', 'ours_mb'), (round(peak_memory(name, i, what)) for i in (0, 1))))
+        if device == 'cpu': out[what] |= dict(zip(('torchvision_mb', 'ours_mb'), (round(peak_memory(name, i, what, 1 if name == 'r50' else 5)) for i in (0, 1))))
         print(f'{name:8s}{what:8s} torchvision {t:7.3f} s   ours {o:7.3f} s   ratio {o / t:.2f} (goal {GOALS[name]})', *([f"  memory {out[what]['torchvision_mb']} and {out[what]['ours_mb']} MB"] if device == 'cpu' else []), flush=True)
     return out
 
@@ -163,16 +160,60 @@ def scaling(runs, device):
             name, row = vary('shapes', **changes), dict(n=n)
             for step in ('train', 'predict'):
                 models, data = [m.to(device) for m in pair(name)], batches(name, device)
-                row[step] = dict(zip(('torchvision_s', 'ours_s'), (round(t, 4) for t in alternate([steps(step, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs, device))))
+                row[step] = dict(zip(('torchvision_s', 'ours_s'), (round(t, 4) for t in alternate([steps(step, m, b, i) for i, (m, b) in enumerate(zip(models, data))], runs))))
+            if what == 'side' and device == 'cpu': row['train'] |= dict(zip(('torchvision_mb', 'ours_mb'), (round(peak_memory(name, i, 'train', 1)) for i in (0, 1))))
             out[what].append(row)
             print(what, row, flush=True)
+    if device == 'cpu': out['processes'] = {n: dict(zip(('torchvision_s', 'ours_s'), (round(statistics.mean(apart(f'print_seconds({i})', n)), 3) for i in (0, 1)))) for n in (1, 2, 4)}
     return out
 
 
-OWN = dict(aligned=True, box_beta=0., box_passes=2)      # what the recipe of the shapes has otherwise than torchvision
+def print_seconds(which, threads=1, runs=7):
+    "A training step at shapes on one thread, for several of these at once."
+    torch.set_num_threads(threads)
+    print(alternate([steps('train', pair('shapes')[which], batches('shapes', 'cpu')[which], which)], runs)[0])
 
 
-def time_to_ap(which, goal=.8, every=63, most=3000, seed=0):
+def profiles(name='nuclei'):
+    "Milliseconds of a training step by kind of operation, of both."
+    return {who: {k: round(v, 2) for k, v in profile_step(steps('train', m, b, i), 5).ms.items()} for i, (who, m, b) in enumerate(zip(('torchvision', 'ours'), pair(name), batches(name, 'cpu')))}
+
+
+def in_bf16(f):
+    def g():
+        with torch.autocast('cpu', torch.bfloat16): return f()
+    return g
+
+
+def options(runs):
+    "What bf16 and torch.compile bring to ours: seconds with and without, and of the first call."
+    out = {}
+    for name in ('shapes', 'nuclei'):
+        fresh, batch = lambda: pair(name)[1], batches(name, 'cpu')[1]
+        def compiled_backbone():
+            m = fresh()
+            m.backbone.compile()
+            return train_step(m.train(), batch, True)
+        def compiled_predict():
+            m = fold_norms(fresh())
+            m.predict = torch.compile(m.predict)
+            return our_predict(m, batch)
+        for title, make, plain in (('bf16, training', lambda: in_bf16(steps('train', fresh(), batch, 1)), 'train'), ('bf16, prediction', lambda: in_bf16(steps('predict', fresh(), batch, 1)), 'predict'),
+                                   ('compiled backbone, training', compiled_backbone, 'train'), ('compiled, prediction', compiled_predict, 'predict')):
+            f = make()
+            start = time.perf_counter()
+            f()
+            first = time.perf_counter() - start
+            without, with_it = alternate([steps(plain, fresh(), batch, 1), f], runs)
+            out[f'{title}, {name}'] = dict(without_s=round(without, 4), with_s=round(with_it, 4), ratio=round(with_it / without, 3), warm_up_s=round(first, 1))
+            print(title, name, out[f'{title}, {name}'], flush=True)
+    return out
+
+
+OWN = dict(aligned=True, box_beta=0., box_passes=2, n_masks=4)      # what the recipe of the shapes has otherwise than torchvision: ROIAlign and masks at pixel centres, a straight box loss, a second look, masks of 4 rois a picture
+
+
+def time_to_ap(which, goal=.8, every=21, most=3000, seed=0):
     "Seconds of training steps until mask AP on the valid shapes reaches the goal; all see the same batches. 0 torchvision, 1 ours by the same rules, 2 ours by its own."
     SETTINGS['own'] = replace(SETTINGS['shapes'][0], **OWN), *SETTINGS['shapes'][1:]
     config, size, bs, _, slots = SETTINGS['shapes']
@@ -239,14 +280,18 @@ def main():
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--ap', action='store_true', help='also the time to mask AP 0.80 on the shapes')
     parser.add_argument('--scaling', action='store_true', help='also against side, batch, proposals and slots')
+    parser.add_argument('--options', action='store_true', help='also bf16 and torch.compile')
     parser.add_argument('--out', type=Path, default=here / 'results' / 'model.json')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {name: measure(name, args.runs, args.device) for name in args.settings}
+    results = {name: measure(name, max(3, args.runs // 3) if name == 'r50' and args.device == 'cpu' else args.runs, args.device) for name in args.settings}
     if args.scaling: results['scaling'] = scaling(max(3, args.runs // 3), args.device)
     if args.ap: results['time to mask AP 0.80'] = dict(zip(('torchvision', 'ours', 'ours, own rules'), map(time_to_ap, (0, 1, 2))))
+    found = dict(about=about(args), results=results)
+    if args.device == 'cpu': found['profile'] = profiles()
+    if args.options: found['options'] = options(args.runs)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(dict(about=about(args), results=results), indent=1) + '\n')
+    args.out.write_text(json.dumps(found, indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

@@ -40,7 +40,7 @@ from .data import DataError, InstanceDataset, Instances, load_splits, read_image
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels, colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
-from .resnet import RESNET18
+from .resnet import RESNET18, fold_norms
 from .nuclei import Elastic, Files, Intensity, Stain, balanced, dsb_table, find_nuclei, group, load_nuclei, remove_overlaps
 from .own_data import SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair
 from .report import RunLog, command_line, write_report
@@ -390,6 +390,7 @@ def predict(
     formats = [*formats, Format.splash] if splash else formats
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
+        model = fold_norms(model).to(memory_format=torch.channels_last)      # the same answers, sooner
         paths, found = unique_names(images), {}
         for path in paths.values(): open_picture(path)   # whatever cannot be read is said before the first result is written
         run_folder(out, resume=True)
