@@ -16,8 +16,9 @@ def of_class(
     labels: Tensor,  # (B, R) class; -1 reads class 0
 ) -> Tensor:         # (B, R, ...) the answer for that class
     "Pick every roi's answer for its own class."
-    index = labels.clamp(min=0).reshape(*labels.shape, *[1] * (values.ndim - labels.ndim))
-    return torch.take_along_dim(values, index, labels.ndim).squeeze(labels.ndim)
+    first = torch.arange(labels.numel(), device=labels.device) * values.shape[2]     # every roi's row for class 0
+    rows = first + labels.clamp(min=0).flatten()                                     # (B * R,)
+    return values.flatten(0, 2).index_select(0, rows).unflatten(0, labels.shape)
 
 # %% ../nbs/15_box_loss.ipynb #7546c791
 def box_loss(
