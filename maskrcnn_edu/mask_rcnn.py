@@ -269,13 +269,14 @@ class MaskRCNN(Noting, nn.Module):
         "Frames *RPN* and *Head* in training, from the feature maps on."
         c, rpn = self.config, self.ask(features, image_size)
         if noise is None: noise = self.draw_noise(len(boxes), len(rpn.anchors), c.n_post + boxes.shape[1], boxes)
+        self.note(gt=dict(boxes=boxes, labels=labels, masks=masks))
         g = used_slots(labels)
-        boxes, labels, masks, noise = boxes[:, :g], labels[:, :g], masks[:, :g], noise._replace(head=noise.head[:, :c.n_post + g])
+        boxes, labels, masks, dice = boxes[:, :g], labels[:, :g], masks[:, :g], noise.head[:, :c.n_post + g]
         rpn_targets = self.label(rpn, boxes, labels, noise.rpn, place)
         p = self.propose(rpn, c.n_pre, c.n_post, place)
         truth = normalise(boxes, *image_size) if c.conventions.normalised else boxes
-        targets = torch.vmap(self.build_targets)(p.boxes, p.valid, truth, labels, masks, noise.head)
-        self.note(gt=dict(boxes=boxes, labels=labels, masks=masks), rpn_targets=rpn_targets, proposals=p, head_targets=targets)
+        targets = torch.vmap(self.build_targets)(p.boxes, p.valid, truth, labels, masks, dice)
+        self.note(rpn_targets=rpn_targets, proposals=p, head_targets=targets)
         return self.compute_losses(features, image_size, rpn, rpn_targets, targets, place)
 
     def compute_losses(self, features, image_size, rpn, rpn_targets, targets, place=None, active=None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-# %% ../nbs/23f_speed.ipynb #23f0000c
+# %% ../nbs/23f_speed.ipynb #23f0000d
 KINDS = {'convolutions': ('convolution',), 'norms': ('batch_norm', 'native_group_norm'), 'ROIAlign': ('roi_align',), 'NMS': ('nms',), 'optimiser': ('adam', 'lerp', 'addcdiv', 'addcmul', 'sqrt', 'Optimizer'),
          'fully connected': ('aten::mm', 'addmm', 'bmm'), 'ReLU and pooling': ('threshold', 'clamp_min', 'relu', 'max_pool'), 'copies': ('copy_', 'fill_', 'clone', 'zero_', 'index', 'gather', 'scatter', 'cat', 'masked')}
 
@@ -42,7 +42,7 @@ def profile_step(
     table = pd.DataFrame(dict(ms=ms, calls=calls)).sort_values('ms', ascending=False)
     return table.assign(share=table.ms / table.ms.sum())
 
-# %% ../nbs/23f_speed.ipynb #23f00013
+# %% ../nbs/23f_speed.ipynb #23f00014
 def alternate(
     functions,            # of no argument
     runs=7,               # of each, after one that is not counted
@@ -59,7 +59,7 @@ def alternate(
             if run: seconds.append(time.perf_counter() - start)
     return [median(t) for t in times]
 
-# %% ../nbs/23f_speed.ipynb #23f00018
+# %% ../nbs/23f_speed.ipynb #23f00019
 class Replay:
     "A function of tensors as one CUDA graph: recorded once, then started as a whole; on a CPU simply the function."
     def __init__(self,
