@@ -329,7 +329,8 @@ class MaskRCNN(Noting, nn.Module):
 
     def keep(self, p, class_logits, box_deltas, image_size, place) -> Detected:
         "The detections filter, for every image."
-        v, one = self.config.conventions, partial(self.filter, image_size=tuple(image_size))
+        v = self.config.conventions
+        one = partial(self.filter, image_size=(1, 1) if v.normalised else tuple(image_size))
         if place is None: return torch.vmap(one)(p.boxes, p.valid, class_logits, box_deltas)
         windows = normalise(place.window, *image_size) if v.normalised else place.window
         pixel = (place.pixel if v.in_picture else torch.ones_like(place.pixel)) * v.last_pixel

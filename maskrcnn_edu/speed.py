@@ -11,7 +11,6 @@ from collections import Counter
 from statistics import median
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/23f_speed.ipynb #23f0000d

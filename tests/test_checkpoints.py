@@ -289,3 +289,17 @@ def test_as_many_classes_with_other_names(tmp_path, capsys):
     assert 'begin anew' in capsys.readouterr().out
     same = {k for k, v in kept.state_dict().items() if torch.equal(v, anew.state_dict()[k])}
     assert {k.rsplit('.', 1)[0] for k in kept.state_dict().keys() - same} == {'box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits'}
+
+
+@systems
+def test_without_a_place(name, tmp_path):
+    "In fine-tuning pictures go in as they are: finite losses and gradients, and boxes inside the picture."
+    torch.manual_seed(0)
+    model = MaskRCNN.from_checkpoint(written(name, checkpoint(name), tmp_path), **small | dict(short_side=0, min_score=0.), n_pre=50, n_post=20, n_rois=8, n_masks=4)
+    images, boxes, masks = torch.rand(2, 3, 64, 64), torch.tensor([[[4., 4., 40., 50.]]] * 2), torch.zeros(2, 1, 64, 64)
+    masks[:, :, 4:50, 4:40] = 1
+    losses = model.train()(images, boxes, torch.ones(2, 1).long(), masks)
+    sum(losses.values()).backward()
+    assert all(v.isfinite() for v in losses.values()) and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    found = model.eval().predict(images)
+    assert (found.labels > 0).any() and found.boxes.min() >= 0 and found.boxes.max() <= 64 + 1e-3
