@@ -5,7 +5,7 @@
 Goals: a training step at most half of torchvision's time (R50, bf16, batch 8) and a third (shapes, batch 16); prediction as one CUDA graph, without asking the GPU for a number, a third;
 shapes to mask AP 0.93 in under two minutes. Without a GPU the same code runs on the CPU with small numbers, to show that it runs; what only a GPU can do is then skipped and said.
 """
-import argparse, json, statistics, sys, time, traceback
+import argparse, json, sys, time, traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

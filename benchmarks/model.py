@@ -3,7 +3,7 @@
     make bench-train      (or: python benchmarks/model.py --threads 2 --runs 9 --settings shapes nuclei r50)
 """
 import argparse, ctypes, gc, json, platform, statistics, subprocess, sys, time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 import torch, torchvision
 from torch import nn

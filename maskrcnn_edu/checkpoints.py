@@ -111,7 +111,7 @@ def from_torchvision(
 
 # %% ../nbs/22_checkpoints.ipynb #dia00001
 import math, pickle
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 import h5py
 import numpy as np
 from numpy._core.multiarray import _reconstruct, scalar    # what a pickled array asks for

@@ -1,5 +1,5 @@
 "Checkpoints of other programs: what is read, what is refused and how it is said, and values by hand. Small networks of the same names."
-import io, json, pickle
+import pickle
 from dataclasses import replace
 import h5py
 import numpy as np

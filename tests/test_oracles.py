@@ -155,7 +155,6 @@ def test_a_missing_and_an_extra_entry_are_named(case):
 
 
 def test_input(case):
-    c = case.model.config
     images, place = case.input
     x = ((images - case.model.mean) / case.model.std)[0]
     if 'pre_molded' in case:

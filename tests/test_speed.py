@@ -15,7 +15,7 @@ from maskrcnn_edu.data import make_shapes
 from maskrcnn_edu.head_targets import align_masks, crop_masks
 from maskrcnn_edu.learner import to_slots
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, used_slots
-from maskrcnn_edu.resnet import ResNet, TINY, fold_norms
+from maskrcnn_edu.resnet import ResNet, fold_norms
 from maskrcnn_edu.speed import KINDS, Replay, alternate, kind_of, profile_step
 
 root = Path(__file__).resolve().parent.parent
