@@ -1,5 +1,6 @@
 "Other programs' checkpoints in our model: at every stage the numbers that those programs recorded. `pytest tests/test_oracles.py --oracles DIR`."
 import importlib.util, json
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 import numpy as np
@@ -455,12 +456,19 @@ def test_classes_that_the_head_takes_the_rois_for(case):
     for setup in setups(case): assert torch.equal(case.heads(f'train_{setup}_rois')[0].argmax(1), case[f'train_{setup}_pred_classes'].long()), setup
 
 
+def in_64_bits(x):
+    "So that no sum in a processor's own order tips a ReLU over that is nearly 0."
+    if isinstance(x, (tuple, list)): return type(x)(*map(in_64_bits, x)) if hasattr(x, '_asdict') else tuple(map(in_64_bits, x))
+    return x.double() if isinstance(x, nn.Module) or isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
 def test_gradients(case):
     setup = setups(case)[0]
-    args, active = samples(case, setup)
-    state = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in case.state.items()}
+    exact = (lambda x: x) if case.name == 'matterport' else in_64_bits       # its mask loss is made of what 32 bits leave of a sigmoid
+    args, active = exact(samples(case, setup))
+    state = {k: exact(v.clone()).requires_grad_() if v.is_floating_point() else v for k, v in case.state.items()}
     ours = {f'model.{k}': v for k, v in translate(state, case.system).items()}      # gradients go through the translation
-    losses = torch.func.functional_call(Step(case.model), ours, args, dict(active=active))
+    losses = torch.func.functional_call(exact(Step(deepcopy(case.model))), ours, args, dict(active=active))
     compare(case, f'train_{setup}_losses' if setup else 'train_losses', losses)
     sum(losses.values()).backward()
     for name in [k for k in case.golden.files if k.startswith('grad|')]:
