@@ -29,7 +29,7 @@ SETTINGS = {   # config, side of the images, batch, level of the drawings, slots
     'shapes': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_masks=16), (128, 128), 8, 'classic', 8),
     'nuclei': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_classes=2, sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=500,
                        n_post_predict=400, rpn_sample=256, n_rois=96, positive_fraction=.25, n_masks=24, n_detections=100), (256, 256), 4, 'crowded', 64),
-    'r50': (replace(MaskRCNNConfig(), **RESNET50, width=64, norm='frozen'), (800, 1088), 1, 'crowded', 32)}
+    'r50': (MaskRCNNConfig().change(backbone=dict(**RESNET50, width=64, norm='frozen')), (800, 1088), 1, 'crowded', 32)}
 ORIGINAL = set(SETTINGS)
 GOALS = dict(shapes=.67, nuclei=.67, r50=.9)
 
@@ -254,7 +254,7 @@ def mask_ap(model, valid, which):
             r, = model(list(image))
             coco.add(s.instances, theirs_as_instances(r, s.image.shape[:2]))
             continue
-        coco.add(s.instances, to_instances(*found, s.image.shape[:2], aligned=model.config.aligned))
+        coco.add(s.instances, to_instances(*found, s.image.shape[:2], aligned=model.config.head.aligned))
     model.train()
     return coco.compute()['mask_ap']
 

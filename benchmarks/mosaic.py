@@ -148,8 +148,8 @@ def main():
     _, valid, kinds = load_nuclei(args.data)
     images = [stretch(s.image) for s in valid]
     model, _ = load_weights(args.weights, args.device)
-    if args.min_score is None: args.min_score = model.config.sure
-    colour = np.round(255 * np.array(model.config.mean)).astype(np.uint8)
+    if args.min_score is None: args.min_score = model.config.detection.sure
+    colour = np.round(255 * np.array(model.config.backbone.mean)).astype(np.uint8)
     places = lay([im.shape[:2] for im in images], args.side, args.gap)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'mosaic.npy'

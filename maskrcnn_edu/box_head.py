@@ -14,23 +14,18 @@ from torch.nn import functional as F
 class BoxHead(nn.Module):
     "Two fully connected layers (FPN, section 4.2), with torchvision's names for the weights."
     def __init__(self,
-        channels: int,   # C of the pyramid
-        size=7,          # bins of ROIAlign
-        hidden=1024,     # width of both layers
-        convs=0,         # 3x3 convolutions before them
-        layers=2,        # fully connected
+        channels: int,  # C of the pyramid
+        size=7,         # bins of ROIAlign
+        hidden=1024,    # width of both layers
     ):
         super().__init__()
-        self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(convs)])
-        self.fc6 = nn.Linear(channels * size**2, hidden)
-        self.fc7 = nn.Linear(hidden, hidden) if layers == 2 else None
+        self.fc6, self.fc7 = nn.Linear(channels * size**2, hidden), nn.Linear(hidden, hidden)
 
     def forward(self,
         roi_features: Tensor,  # (B, R, C, S, S)
     ) -> Tensor:               # (B, R, hidden)
-        if len(self.convs): roi_features = self.convs(roi_features.flatten(0, 1)).unflatten(0, roi_features.shape[:2])
         x = F.relu(self.fc6(roi_features.flatten(2)))   # (B, R, hidden)
-        return x if self.fc7 is None else F.relu(self.fc7(x))   # (B, R, hidden)
+        return F.relu(self.fc7(x))                      # (B, R, hidden)
 
 # %% ../nbs/14_box_head.ipynb #8d39b7c7
 class BoxPredictor(nn.Module):

@@ -16,8 +16,8 @@ def of_class(
     labels: Tensor,  # (B, R) class; -1 reads class 0
 ) -> Tensor:         # (B, R, ...) the answer for that class
     "Pick every roi's answer for its own class."
-    first = torch.arange(labels.numel(), device=labels.device) * values.shape[2]     # every roi's row for class 0
-    rows = first + labels.clamp(min=0).flatten()                                     # (B * R,)
+    first = torch.arange(labels.numel(), device=labels.device) * values.shape[2]  # the row of class 0
+    rows = first + labels.clamp(min=0).flatten()                                  # (B * R,)
     return values.flatten(0, 2).index_select(0, rows).unflatten(0, labels.shape)
 
 # %% ../nbs/15_box_loss.ipynb #7546c791
@@ -27,16 +27,12 @@ def box_loss(
     labels: Tensor,         # (B, R) class, 0 background, -1 empty slot
     target_deltas: Tensor,  # (B, R, 4), read where the label is above 0
     beta=1 / 9,             # where the box loss turns from square to straight
-    box_mean=False,         # the box loss is the mean over the numbers of the positive rois
-    active=None,            # (K,) bool: rois that are taken for another class do not count in the class loss
 ) -> dict[str, Tensor]:     # loss_classifier, loss_box_reg
     "The two losses of the box head (Fast R-CNN, equations 1 to 3)."
-    n = n_class = (labels >= 0).sum().clamp(min=1)
-    asked = labels
-    if active is not None:
-        asked = torch.where(active[class_logits.argmax(-1)], labels, -1)                                      # (B, R)
-        n_class = (asked >= 0).sum().clamp(min=1)
-    loss_class = F.cross_entropy(class_logits.flatten(0, 1), asked.flatten(), ignore_index=-1, reduction='sum')
-    box = F.smooth_l1_loss(of_class(box_deltas, labels), target_deltas, beta=beta, reduction='none').sum(-1)  # (B, R)
-    n_box = 4 * (labels > 0).sum().clamp(min=1) if box_mean else n
-    return dict(loss_classifier=loss_class / n_class, loss_box_reg=torch.where(labels > 0, box, 0.).sum() / n_box)
+    n = (labels >= 0).sum().clamp(min=1)
+    logits, wanted = class_logits.flatten(0, 1), labels.flatten()
+    loss_class = F.cross_entropy(logits, wanted, ignore_index=-1, reduction='sum')
+    deltas = of_class(box_deltas, labels)                                               # (B, R, 4)
+    box = F.smooth_l1_loss(deltas, target_deltas, beta=beta, reduction='none').sum(-1)  # (B, R)
+    loss_box = torch.where(labels > 0, box, 0.).sum()
+    return dict(loss_classifier=loss_class / n, loss_box_reg=loss_box / n)

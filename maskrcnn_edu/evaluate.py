@@ -32,7 +32,8 @@ from torch import Tensor
 from .anchors import nearest_anchor_iou, recommend_anchors
 from .core import ROLE_COLOURS, show_boxes, show_image
 from .data import Instances, number
-from .detections import to_instances
+from .instances import to_instances
+from .mask_rcnn import frame_of
 from .learner import Slots, predict_instances
 
 # %% ../nbs/21_evaluate.ipynb #1639fec2
@@ -548,7 +549,7 @@ class CocoMetrics(Callback):
         self.pairs, self.scores = [], {}
 
     def after_batch(self):
-        if not self.training and self.due and self.yb: self.pairs += to_pairs(self.yb[0], self.pred, get_model(self.model).config.aligned)
+        if not self.training and self.due and self.yb: self.pairs += to_pairs(self.yb[0], self.pred, get_model(self.model).config.head.aligned)
 
     def after_validate(self):
         if not self.due: return
@@ -626,9 +627,9 @@ class InstanceInterpretation:
         model.eval()
         for x, y in dl:
             x, y = x.as_subclass(Tensor), [t.as_subclass(Tensor) for t in y]
-            features, size = model.features(x), x.shape[-2:]
-            losses.append(float(learn.loss_func(model.training_losses(features, size, *y))))
-            pairs += to_pairs(y, model.detect(features, size), model.config.aligned)
+            features, frame = model.features(x), frame_of(x)
+            losses.append(float(learn.loss_func(model.training_losses(features, frame, *y))))
+            pairs += to_pairs(y, model.detect(features, frame), model.config.head.aligned)
             images.append((x[0] * 255).round().byte().cpu())
         model.train(was_training)
         names = [item.name for item in dl.items]
@@ -651,7 +652,7 @@ class InstanceInterpretation:
         return self.evaluation(sides).table()
 
     def evaluation(self, sides=(32, 96)): # CocoEval
-        out = CocoEval(self.classes, self.config.n_detections if self.config else 100, sides)
+        out = CocoEval(self.classes, self.config.detection.n_detections if self.config else 100, sides)
         for t, f in zip(self.truths, self.founds): out.add(t, f)
         return out
 
@@ -713,7 +714,7 @@ class InstanceInterpretation:
 
     def coverage(self, sizes=None, ratios=None, plot=True): # DataFrame, a row an object
         "How near the anchors come to each object, and how near those would that are recommended for these objects, or given"
-        c = self.config
+        c = self.config.rpn
         boxes = [torch.tensor(t.boxes) * self.scale for t in self.truths]
         if sizes is None: sizes, ratios = recommend_anchors(torch.cat(boxes), n_ratios=len(c.ratios))
         reach = partial(coverage, boxes, [np.array(t.size) * self.scale for t in self.truths])

@@ -25,12 +25,14 @@ def top_down(
 class FPN(nn.Module):
     "The top-down half of the backbone (FPN, section 3), with torchvision's names for the weights."
     def __init__(self,
-        in_channels,        # channels of C2..C5
-        out_channels=256,   # C, channels of every level
+        in_channels,       # channels of C2..C5
+        out_channels=256,  # C, channels of every level
     ):
         super().__init__()
-        self.inner_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(n, out_channels, 1)) for n in in_channels])
-        self.layer_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(out_channels, out_channels, 3, padding=1)) for _ in in_channels])
+        lateral = lambda n: nn.Sequential(nn.Conv2d(n, out_channels, 1))
+        smooth = lambda: nn.Sequential(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.inner_blocks = nn.ModuleList([lateral(n) for n in in_channels])
+        self.layer_blocks = nn.ModuleList([smooth() for _ in in_channels])
         self.apply(init_lateral)
 
     def forward(self,

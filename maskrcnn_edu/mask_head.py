@@ -26,8 +26,8 @@ class MaskHead(nn.Sequential):
         hidden=256,      # channels of every layer
         layers=4,        # convolutions
     ):
-        n_in = [channels] + [hidden] * (layers - 1)
-        super().__init__(*[nn.Sequential(nn.Conv2d(n, hidden, 3, padding=1), nn.ReLU(inplace=True)) for n in n_in])
+        layer = lambda n: nn.Sequential(nn.Conv2d(n, hidden, 3, padding=1), nn.ReLU(inplace=True))
+        super().__init__(*[layer(n) for n in [channels] + [hidden] * (layers - 1)])
         self.apply(init_mask)
 
 # %% ../nbs/16_mask_head.ipynb #760b4b01
@@ -38,26 +38,31 @@ class MaskPredictor(nn.Sequential):
         hidden: int,      # channels after doubling
         n_classes: int,   # K, with background
     ):
-        super().__init__(OrderedDict(conv5_mask=nn.ConvTranspose2d(channels, hidden, 2, 2), relu=nn.ReLU(inplace=True),
-                                     mask_fcn_logits=nn.Conv2d(hidden, n_classes, 1)))
+        super().__init__(OrderedDict(
+            conv5_mask=nn.ConvTranspose2d(channels, hidden, 2, 2), relu=nn.ReLU(inplace=True),
+            mask_fcn_logits=nn.Conv2d(hidden, n_classes, 1)))
         self.apply(init_mask)
         nn.init.normal_(self.mask_fcn_logits.weight, std=0.001)   # begin undecided
 
 # %% ../nbs/16_mask_head.ipynb #f38c9aa2
 def fixed_shapes(
     t: Tensor,
-) -> bool:       # true while compiling or exporting, under vmap, and on a GPU, which would have to wait for the count
-    "Whether shapes may not depend on the numbers in `t`."
-    return torch.compiler.is_compiling() or t.is_cuda or torch._C._functorch.is_batchedtensor(t)
+) -> bool:      # true while compiling or exporting, under vmap, and on a GPU
+    "Whether shapes may not depend on the numbers in `t`; a GPU would have to wait for them."
+    under_vmap = torch._C._functorch.is_batchedtensor(t)
+    return torch.compiler.is_compiling() or t.is_cuda or under_vmap
 
 
 def predict_masks(
-    head: nn.Module,               # MaskHead
-    predictor: nn.Module,          # MaskPredictor
-    mask_features: Tensor,         # (B, M, C, S, S)
-    filled: Tensor,                # (B, M) bool
-) -> Tensor:                       # (B, M, K, 2S, 2S) logits, 0 in empty slots
-    "Masks of the filled slots. On a CPU only they are worked on; where shapes must stay fixed, all are."
-    if not fixed_shapes(filled): return scatter_slots(predictor(head(mask_features.flatten(0, 1).index_select(0, filled.flatten().nonzero()[:, 0]))), filled)
-    logits = predictor(head(mask_features.flatten(0, 1))).unflatten(0, filled.shape)
+    head: nn.Module,        # MaskHead
+    predictor: nn.Module,   # MaskPredictor
+    mask_features: Tensor,  # (B, M, C, S, S)
+    filled: Tensor,         # (B, M) bool
+) -> Tensor:                # (B, M, K, 2S, 2S) logits, 0 in empty slots
+    "Masks of the filled slots; on a CPU no others are worked on."
+    pieces = mask_features.flatten(0, 1)
+    if not fixed_shapes(filled):
+        some = pieces.index_select(0, filled.flatten().nonzero()[:, 0])
+        return scatter_slots(predictor(head(some)), filled)
+    logits = predictor(head(pieces)).unflatten(0, filled.shape)
     return torch.where(filled[..., None, None, None], logits, 0.)

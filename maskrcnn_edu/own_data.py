@@ -785,9 +785,14 @@ class Proposal:
     reasons: tuple # sentences
 
     @property
-    def config(self): # dict of fields of MaskRCNNConfig
+    def config(self): # dict of numbers, for `MaskRCNNConfig.change`
         n, post = max(200, 4 * self.n_rois), round_up(3 * self.n_detections, 100, 100, 1000)
-        return {k: getattr(self, k) for k in ('enlarge', 'sizes', 'ratios', 'n_rois', 'n_masks', 'n_detections')} | dict(n_pre=n, n_post=n, n_pre_predict=2 * post, n_post_predict=post)
+        return dict(
+            enlarge=self.enlarge,
+            rpn=dict(sizes=self.sizes, ratios=self.ratios, n_pre=n, n_post=n,
+                     n_pre_predict=2 * post, n_post_predict=post),
+            head=dict(n_rois=self.n_rois, n_masks=self.n_masks),
+            detection=dict(n_detections=self.n_detections))
 
 def propose(
     train, # InstanceDataset

@@ -6,16 +6,16 @@
 __all__ = ['CONTROL', 'EMPTY_TAGS', 'REPORT_STYLE', 'ERROR_WORDS', 'Html', 'escape', 'inside', 'tag', 'shown', 'table', 'bullets',
            'picture', 'literal', 'section', 'page', 'command_line', 'machine', 'git_commit', 'made_with', 'RunLog',
            'read_log', 'once', 'place_of', 'count_labels', 'facts', 'with_arguments', 'recipe_rows', 'config_rows',
-           'read_history', 'draw_lines', 'loss_figure', 'ap_figure', 'Counts', 'count', 'of_100', 'summary', 'extremes',
-           'sure_errors', 'names_of', 'data_warnings', 'training_warnings', 'gap_warnings', 'score_table',
-           'class_table', 'kind_tables', 'pr_figure', 'error_parts', 'evenly', 'canvas', 'show_objects', 'pair_figure',
-           'found_pictures', 'worst_pictures', 'Run', 'collect', 'run_part', 'took_words', 'data_part', 'curve_part',
-           'score_part', 'picture_part', 'number_part', 'warning_list', 'write_report']
+           'named_numbers', 'read_history', 'draw_lines', 'loss_figure', 'ap_figure', 'Counts', 'count', 'of_100',
+           'summary', 'extremes', 'sure_errors', 'names_of', 'data_warnings', 'training_warnings', 'gap_warnings',
+           'score_table', 'class_table', 'kind_tables', 'pr_figure', 'error_parts', 'evenly', 'canvas', 'show_objects',
+           'pair_figure', 'found_pictures', 'worst_pictures', 'Run', 'collect', 'run_part', 'took_words', 'data_part',
+           'curve_part', 'score_part', 'picture_part', 'number_part', 'warning_list', 'write_report']
 
 # %% ../nbs/23e_report.ipynb #23e00004
 import base64, html, inspect, io, json, math, os, platform, re, shlex, subprocess, sys, time
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -260,8 +260,20 @@ def config_rows(
     config: MaskRCNNConfig,
 ) -> list[tuple]:
     "Every number of the model beside the paper's."
-    paper = MaskRCNNConfig()
-    return [(f.name, str(getattr(config, f.name)), 'the same' if getattr(config, f.name) == getattr(paper, f.name) else str(getattr(paper, f.name))) for f in fields(config)]
+    here, paper = named_numbers(config), named_numbers(MaskRCNNConfig())
+    return [(k, str(v), 'the same' if v == paper[k] else str(paper[k])) for k, v in here.items()]
+
+
+def named_numbers(
+    config,   # a dataclass, of dataclasses and numbers
+    prefix='',
+) -> dict:    # 'rpn.n_pre' -> 2000
+    "Every number by its name, with the frame of the diagram before it."
+    out = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out |= named_numbers(value, f'{f.name}.') if is_dataclass(value) else {prefix + f.name: value}
+    return out
 
 # %% ../nbs/23e_report.ipynb #23e00023
 def read_history(
@@ -680,7 +692,7 @@ def number_part(r: Run) -> list:
 def warning_list(r: Run) -> list[str]:
     "All that weakens the numbers."
     most = max((len(t) for t in r.ev.truths), default=0)
-    return [*data_warnings(r.dataset.classes, r.labels['valid'], r.labels['train'], most, r.model.config.n_detections), *training_warnings(r.history, len(r.dataset.classes)),
+    return [*data_warnings(r.dataset.classes, r.labels['valid'], r.labels['train'], most, r.model.config.detection.n_detections), *training_warnings(r.history, len(r.dataset.classes)),
             *gap_warnings(r.train_ap, r.split.ap, r.n_known)]
 
 def write_report(

@@ -4,14 +4,11 @@
 
 # %% auto #0
 __all__ = ['TINY', 'RESNET18', 'RESNET34', 'RESNET50', 'RESNET101', 'shortcut', 'BasicBlock', 'Bottleneck', 'stage', 'init_conv',
-           'ResNet', 'spread_channels', 'fold_norms']
+           'ResNet', 'spread_channels']
 
 # %% ../nbs/04_resnet.ipynb #c46698e8
-import copy
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import FrozenBatchNorm2d
 
 # %% ../nbs/04_resnet.ipynb #12b5f5df
 def shortcut(
@@ -28,7 +25,7 @@ def shortcut(
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions and a shortcut."
     expansion = 1
-    def __init__(self, n_in: int, width: int, stride=1, norm=nn.BatchNorm2d, stride_in_1x1=False):
+    def __init__(self, n_in: int, width: int, stride=1, norm=nn.BatchNorm2d):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(n_in, width, 3, stride, 1, bias=False), norm(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), norm(width)
@@ -44,13 +41,13 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     "1x1 down to a quarter, 3x3, 1x1 up again, and a shortcut."
     expansion = 4
-    def __init__(self, n_in: int, width: int, stride=1, norm=nn.BatchNorm2d, stride_in_1x1=False):
+    def __init__(self, n_in: int, width: int, stride=1, norm=nn.BatchNorm2d):
         super().__init__()
-        stride1, stride3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1, self.bn1 = nn.Conv2d(n_in, width, 1, stride1, bias=False), norm(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride3, 1, bias=False), norm(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), norm(4 * width)
-        self.downsample = shortcut(n_in, 4 * width, stride, norm)
+        n_out = width * self.expansion
+        self.conv1, self.bn1 = nn.Conv2d(n_in, width, 1, bias=False), norm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, n_out, 1, bias=False), norm(n_out)
+        self.downsample = shortcut(n_in, n_out, stride, norm)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,45 +58,43 @@ class Bottleneck(nn.Module):
 
 # %% ../nbs/04_resnet.ipynb #61ea03e6
 def stage(
-    block,              # BasicBlock or Bottleneck
-    n_in: int,          # channels before
-    width: int,         # of the block's 3x3 convolution
-    n_blocks: int,      # blocks in the stage
-    stride: int,        # of the first block
-    **kwargs,           # norm, stride_in_1x1
+    block,                # BasicBlock or Bottleneck
+    n_in: int,            # channels before
+    width: int,           # of the block's 3x3 convolution
+    n_blocks: int,        # blocks in the stage
+    stride: int,          # of the first block
+    norm=nn.BatchNorm2d,  # normalisation layer
 ) -> nn.Sequential:
     "Blocks of one resolution; the first one changes it."
-    first = block(n_in, width, stride, **kwargs)
-    rest = [block(width * block.expansion, width, **kwargs) for _ in range(n_blocks - 1)]
+    first = block(n_in, width, stride, norm)
+    rest = [block(width * block.expansion, width, 1, norm) for _ in range(n_blocks - 1)]
     return nn.Sequential(first, *rest)
 
 
 def init_conv(module: nn.Module):
     "Start convolutions so that the size of activations is kept through ReLUs (He initialisation)."
-    if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
 # %% ../nbs/04_resnet.ipynb #d167cfdf
 class ResNet(nn.Module):
     "The bottom-up half of the backbone, with torchvision's names for the weights (ResNet, table 1)."
     def __init__(self,
-        layers=(3, 4, 6, 3),   # blocks a stage
-        bottleneck=True,       # kind of block
-        width=64,              # channels of the stem; each stage doubles them
-        norm=nn.BatchNorm2d,   # normalisation layer
-        stride_in_1x1=False,   # halve in the first 1x1 of a bottleneck (older weights)
-        in_channels=3,         # of the images
-        same_pool=False,       # the stem's pooling looks right and down only, as TensorFlow's 'same' does
+        layers=(3, 4, 6, 3),  # blocks a stage
+        bottleneck=True,      # kind of block
+        width=64,             # channels of the stem; each stage doubles them
+        norm=nn.BatchNorm2d,  # normalisation layer
+        in_channels=3,        # of the images
     ):
         super().__init__()
-        block, kwargs = (Bottleneck if bottleneck else BasicBlock), dict(norm=norm, stride_in_1x1=stride_in_1x1)
+        block = Bottleneck if bottleneck else BasicBlock
         self.channels = [width * 2**i * block.expansion for i in range(4)]
         self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False), norm(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)) if same_pool else nn.MaxPool2d(3, 2, 1)
-        self.layer1 = stage(block, width, width, layers[0], 1, **kwargs)
-        self.layer2 = stage(block, self.channels[0], 2 * width, layers[1], 2, **kwargs)
-        self.layer3 = stage(block, self.channels[1], 4 * width, layers[2], 2, **kwargs)
-        self.layer4 = stage(block, self.channels[2], 8 * width, layers[3], 2, **kwargs)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = stage(block, width, width, layers[0], 1, norm)
+        self.layer2 = stage(block, self.channels[0], 2 * width, layers[1], 2, norm)
+        self.layer3 = stage(block, self.channels[1], 4 * width, layers[2], 2, norm)
+        self.layer4 = stage(block, self.channels[2], 8 * width, layers[3], 2, norm)
         self.apply(init_conv)
 
     def forward(self,
@@ -126,18 +121,5 @@ def spread_channels(
 ) -> Tensor:           # (O, in_channels, h, w)
     "The mean of the channels for each new one; what is grey gives the same answer as before."
     n = weight.shape[1]
-    return weight if n == in_channels else weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1) * (n / in_channels)
-
-# %% ../nbs/04_resnet.ipynb #d0f1c917
-def fold_norms(
-    module: nn.Module,   # a ResNet, or a model with one in it
-) -> nn.Module:          # a copy in eval mode, for prediction alone: it would learn otherwise
-    "Batch norms and frozen norms become part of the convolution before them; the answers are the same."
-    module = copy.deepcopy(module).eval()
-    for m in module.modules():
-        for conv, norm in (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1')):      # 0 and 1: of the shortcut
-            a, b = getattr(m, conv, None), getattr(m, norm, None)
-            if isinstance(a, nn.Conv2d) and isinstance(b, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-                setattr(m, conv, fuse_conv_bn_eval(a, b))
-                setattr(m, norm, nn.Identity())
-    return module
+    if n == in_channels: return weight
+    return weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1) * (n / in_channels)

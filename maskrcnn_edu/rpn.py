@@ -6,12 +6,12 @@
 __all__ = ['RPNOutput', 'RPN']
 
 # %% ../nbs/11_rpn.ipynb #ba16fed7
-from functools import partial
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import NamedTuple
 from .anchors import pyramid_anchors
-from .boxes import normalise
+from .boxes import EACH_FRAME, Frame, full_precision
 from .proposals import Proposals, propose
 from .rpn_head import RPNHead
 from .rpn_loss import rpn_loss
@@ -20,86 +20,70 @@ from .rpn_targets import RPNTargets, rpn_targets
 # %% ../nbs/11_rpn.ipynb #75d2da80
 class RPNOutput(NamedTuple):
     "What the head answered, and for which anchors."
-    anchors: Tensor      # (A, 4)
-    objectness: Tensor   # (B, A) logits
-    deltas: Tensor       # (B, A, 4)
-    image_size: tuple    # (H, W) of the network's input
-    level_sizes: tuple   # anchors of each level
-    exact: Tensor | None = None   # (A, 4) the anchors in 64 bits, where targets are to be made with them
+    anchors: Tensor     # (A, 4)
+    objectness: Tensor  # (B, A) logits
+    deltas: Tensor      # (B, A, 4)
+    level_sizes: tuple  # anchors of each level
+    frame: Frame        # where the images lie
 
-
+# %% ../nbs/11_rpn.ipynb #75d2da80a
 class RPN(nn.Module):
     "Region proposal network over a feature pyramid (Faster R-CNN, section 3; FPN, section 4.1)."
     def __init__(self,
-        channels=256,                                   # C of the pyramid
-        sizes=((32,), (64,), (128,), (256,), (512,)),   # anchors: a tuple a level, pixels
-        ratios=(0.5, 1., 2.),                           # anchors: height / width
-        n_sample=256,                                   # anchors in the loss
-        positive_fraction=0.5,                          # at most this part of them positive
-        positive_iou=0.7,                               # at least this is an object
-        negative_iou=0.3,                               # less than this is background
-        nms_iou=0.7,                                    # proposals that overlap more are one
-        min_size=1e-3,                                  # pixels
-        hidden=None,                                    # channels of the head; None: C
-        convs=1,                                        # convolutions of the head
-        weights=(1., 1., 1., 1.),                       # factors on the deltas
-        targets=None,                                   # more for `rpn_targets`, and
-        loss=None,                                      # more for `rpn_loss`, and
-        filter=None,                                    # more for `propose`, and
-        anchors=None,                                   # more for `pyramid_anchors`
-        normalised=False,                               # boxes are moved as parts of the picture, and proposals are given so
-        exact=False,                                    # targets are made in 64 bits: of anchors that overlap alike, another one is the best
+        channels=256,                                  # C of the pyramid
+        sizes=((32,), (64,), (128,), (256,), (512,)),  # anchors: a tuple a level, pixels
+        ratios=(0.5, 1., 2.),                          # anchors: height / width
+        make_anchors=pyramid_anchors,                  # the boxes of the diagram, each a callable:
+        assign_anchors=rpn_targets,                    # labels and deltas of one image
+        rpn_loss=rpn_loss,                             # of a batch
+        propose=propose,                               # proposals of one image
     ):
         super().__init__()
-        self.head = RPNHead(channels, len(sizes[0]) * len(ratios), hidden, convs)
-        self.sizes, self.ratios = sizes, ratios
-        self.make_anchors = partial(pyramid_anchors, sizes=sizes, ratios=ratios, **anchors or {})
-        self.build_targets = partial(rpn_targets, n_sample=n_sample, positive_fraction=positive_fraction,
-                                     positive_iou=positive_iou, negative_iou=negative_iou, weights=weights, **targets or {})
-        self.loss = partial(rpn_loss, **loss or {})
-        self.propose_one = partial(propose, nms_iou=nms_iou, min_size=min_size, weights=weights, **filter or {})
-        self.normalised, self.exact = normalised, exact
+        self.head = RPNHead(channels, len(sizes[0]) * len(ratios))
+        self.sizes, self.ratios, self.make_anchors = sizes, ratios, make_anchors
+        self.assign_anchors, self.rpn_loss, self.propose_one = assign_anchors, rpn_loss, propose
 
     def forward(self,
         features: list[Tensor],  # P2..P6
-        image_size,              # (H, W) of the network's input
+        frame: Frame,            # where the images lie in the network's input
     ) -> RPNOutput:
-        "Ask every anchor."
-        objectness, deltas = self.head(features)                         # (B, A), (B, A, 4)
-        feature_sizes = [tuple(f.shape[-2:]) for f in features]
-        anchors = self.make_anchors(image_size, feature_sizes, device=deltas.device, dtype=torch.float64 if self.exact else None)
+        "Ask every anchor. Coordinates stay in full precision whatever the maps are made of."
+        objectness, deltas = map(full_precision, self.head(features))          # (B, A), (B, A, 4)
+        sizes = [tuple(f.shape[-2:]) for f in features]
+        anchors = self.make_anchors(frame.size, sizes, self.sizes, self.ratios, device=deltas.device)
         per_cell = self.head.cls_logits.out_channels
-        return RPNOutput(anchors.to(deltas), objectness, deltas, tuple(image_size), tuple(h * w * per_cell for h, w in feature_sizes), anchors if self.exact else None)
+        return RPNOutput(anchors, objectness, deltas, tuple(h * w * per_cell for h, w in sizes), frame)
 
-    def targets(self,
-        out: RPNOutput,
-        boxes: Tensor,   # (B, G, 4)
-        labels: Tensor,  # (B, G) 0 = empty slot
-        noise: Tensor,   # (B, A) in 0..1
-        windows=None,    # (B, 4): anchors that leave it are not asked
-    ) -> RPNTargets:     # labels (B, A), target_deltas (B, A, 4)
-        "What every anchor should have said."
-        anchors = out.anchors if out.exact is None else out.exact
-        one = lambda boxes, labels, noise, window: self.build_targets(anchors, boxes, labels, noise, window=window)
-        t = torch.vmap(one, in_dims=(0, 0, 0, None if windows is None else 0))(boxes.to(anchors), labels, noise, windows)
-        return t._replace(target_deltas=t.target_deltas.to(out.anchors))
+# %% ../nbs/11_rpn.ipynb #75d2da80b
+@patch
+def targets(self: RPN,
+    out: RPNOutput,
+    boxes: Tensor,   # (B, G, 4)
+    labels: Tensor,  # (B, G) 0 = empty slot
+    noise: Tensor,   # (B, A) in 0..1
+) -> RPNTargets:     # labels (B, A), target_deltas (B, A, 4)
+    "What every anchor should have said."
+    each = torch.vmap(self.assign_anchors, in_dims=(None, 0, 0, 0, EACH_FRAME))
+    return each(out.anchors, boxes, labels, noise, out.frame)
 
-    def losses(self,
-        out: RPNOutput,
-        targets: RPNTargets,
-    ) -> dict[str, Tensor]:   # loss_objectness, loss_rpn_box_reg
-        "How wrong the answers were."
-        return self.loss(out.objectness, out.deltas, targets.labels, targets.target_deltas)
 
-    def propose(self,
-        out: RPNOutput,
-        n_pre=2000,      # anchors of a level that take part
-        n_post=1000,     # P
-        windows=None,    # (B, 4) where boxes are cut; None: at the border of the input
-    ) -> Proposals:      # boxes (B, P, 4), scores (B, P), valid (B, P)
-        "The best places; no gradient flows through them."
-        anchors = normalise(out.anchors, *out.image_size) if self.normalised else out.anchors
-        one = partial(self.propose_one, anchors=anchors, image_size=out.image_size,
-                      level_sizes=out.level_sizes, n_pre=n_pre, n_post=n_post)
-        return torch.vmap(lambda objectness, deltas, window: one(objectness, deltas, window=window), in_dims=(0, 0, None if windows is None else 0))(
-            out.objectness.detach(), out.deltas.detach(), windows)
+@patch
+def losses(self: RPN,
+    out: RPNOutput,
+    targets: RPNTargets,
+) -> dict[str, Tensor]:   # loss_objectness, loss_rpn_box_reg
+    "How wrong the answers were."
+    return self.rpn_loss(out.objectness, out.deltas, targets.labels, targets.target_deltas)
+
+
+@patch
+def propose(self: RPN,
+    out: RPNOutput,
+    n_pre=2000,      # anchors of a level that take part
+    n_post=1000,     # P
+) -> Proposals:      # boxes (B, P, 4), scores (B, P), valid (B, P)
+    "The best places; no gradient flows through them."
+    def one(objectness, deltas, frame):
+        return self.propose_one(objectness, deltas, out.anchors, out.level_sizes, frame, n_pre, n_post)
+    each = torch.vmap(one, in_dims=(0, 0, EACH_FRAME))
+    return each(out.objectness.detach(), out.deltas.detach(), out.frame)

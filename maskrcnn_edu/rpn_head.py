@@ -18,32 +18,29 @@ def init_head(module: nn.Module):
 
 # %% ../nbs/06_rpn_head.ipynb #1b64bd1a
 class RPNHead(nn.Module):
-    "Objectness and box deltas for every anchor (Faster R-CNN, section 3.1), with torchvision's names for the weights."
+    "Objectness and box deltas for every anchor (Faster R-CNN, section 3.1)."
     def __init__(self,
-        channels: int,    # C of the pyramid
-        per_cell=3,       # anchors a cell
-        hidden=None,      # channels between; None: C
-        convs=1,          # shared convolutions
+        channels: int,  # C of the pyramid
+        per_cell=3,     # anchors a cell
     ):
         super().__init__()
-        hidden = hidden or channels
-        n_in = [channels] + [hidden] * (convs - 1)
-        self.conv = nn.Sequential(*[nn.Sequential(nn.Conv2d(n, hidden, 3, padding=1), nn.ReLU(inplace=True)) for n in n_in])
-        self.cls_logits = nn.Conv2d(hidden, per_cell, 1)
-        self.bbox_pred = nn.Conv2d(hidden, per_cell * 4, 1)
+        shared = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Sequential(nn.Sequential(shared, nn.ReLU(inplace=True)))  # as torchvision nests them
+        self.cls_logits = nn.Conv2d(channels, per_cell, 1)
+        self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 1)
         self.apply(init_head)
 
     def one_level(self,
-        feature: Tensor,          # (B, C, Hi, Wi)
-    ) -> tuple[Tensor, Tensor]:   # objectness (B, Ai), deltas (B, Ai, 4)
+        feature: Tensor,         # (B, C, Hi, Wi)
+    ) -> tuple[Tensor, Tensor]:  # objectness (B, Ai), deltas (B, Ai, 4)
         "The answers on one map, in the order of the anchors."
-        shared = self.conv(feature)                                              # (B, C, Hi, Wi)
-        objectness = self.cls_logits(shared).permute(0, 2, 3, 1).flatten(1)      # (B, Ai)
-        deltas = self.bbox_pred(shared).permute(0, 2, 3, 1).flatten(1)           # (B, Ai * 4)
-        return objectness, deltas.unflatten(1, (-1, 4))                          # (B, Ai, 4)
+        shared = self.conv(feature)                                          # (B, C, Hi, Wi)
+        objectness = self.cls_logits(shared).permute(0, 2, 3, 1).flatten(1)  # (B, Ai)
+        deltas = self.bbox_pred(shared).permute(0, 2, 3, 1).flatten(1)       # (B, Ai * 4)
+        return objectness, deltas.unflatten(1, (-1, 4))                      # (B, Ai, 4)
 
     def forward(self,
-        features: list[Tensor],   # P2..P6
-    ) -> tuple[Tensor, Tensor]:   # objectness (B, A), deltas (B, A, 4)
+        features: list[Tensor],  # P2..P6
+    ) -> tuple[Tensor, Tensor]:  # objectness (B, A), deltas (B, A, 4)
         objectness, deltas = zip(*map(self.one_level, features))
         return torch.cat(objectness, 1), torch.cat(deltas, 1)

@@ -17,15 +17,12 @@ def rpn_loss(
     labels: Tensor,         # (B, A) in {1, 0, -1 ignored}
     target_deltas: Tensor,  # (B, A, 4), read where the label is 1
     beta=1 / 9,             # where the box loss turns from square to straight
-    n_class=None,           # the first sum is divided by this an image; None: by the anchors that took part
-    n_box=None,             # the second sum likewise
-    box_mean=False,         # the second loss is the mean over the numbers of the positive anchors
 ) -> dict[str, Tensor]:     # loss_objectness, loss_rpn_box_reg
     "The two losses of the RPN (Faster R-CNN, equation 1)."
-    sampled, positive = labels >= 0, labels == 1                                     # (B, A)
-    n_sampled = sampled.sum().clamp(min=1)
-    coin = F.binary_cross_entropy_with_logits(objectness, positive.to(objectness.dtype), reduction='none')
+    sampled, positive = labels >= 0, labels == 1                                 # (B, A)
+    wanted = positive.to(objectness.dtype)
+    coin = F.binary_cross_entropy_with_logits(objectness, wanted, reduction='none')
     box = F.smooth_l1_loss(deltas, target_deltas, beta=beta, reduction='none').sum(-1)  # (B, A)
-    n_box = 4 * positive.sum().clamp(min=1) if box_mean else n_box * len(labels) if n_box else n_sampled
-    return dict(loss_objectness=torch.where(sampled, coin, 0.).sum() / (n_class * len(labels) if n_class else n_sampled),
-                loss_rpn_box_reg=torch.where(positive, box, 0.).sum() / n_box)
+    n = sampled.sum().clamp(min=1)
+    return dict(loss_objectness=torch.where(sampled, coin, 0.).sum() / n,
+                loss_rpn_box_reg=torch.where(positive, box, 0.).sum() / n)

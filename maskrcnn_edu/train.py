@@ -40,7 +40,8 @@ from .data import DataError, InstanceDataset, Instances, load_splits, read_image
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels, colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels, predict_instances, to_input
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
-from .resnet import RESNET18, fold_norms
+from .resnet import RESNET18
+from .speed import fold_norms
 from .nuclei import Elastic, Files, Intensity, Stain, balanced, dsb_table, find_nuclei, group, load_nuclei, remove_overlaps
 from .own_data import SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair
 from .report import RunLog, command_line, write_report
@@ -68,8 +69,7 @@ ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # a
 
 SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
 
-NUCLEI = replace(SHAPES, n_classes=2, stretch=True, enlarge=2., sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000,
-                 rpn_sample=256, n_rois=96, n_masks=24, n_detections=400, sure=.85)
+NUCLEI = SHAPES.change(n_classes=2, stretch=True, enlarge=2., rpn=dict(sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000, n_sample=256), head=dict(n_rois=96, n_masks=24), detection=dict(n_detections=400, sure=.85))
 NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8), aim=.6), FlipTurn(), Elastic(), Stain(), Intensity(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
                        slots=64, bs=4, epochs=24, repeat=3, ap_every=2)
 
@@ -80,9 +80,9 @@ def coco_recipe(
 ) -> Recipe:
     "A recipe for data of one's own."
     p = proposal or propose(train)
-    config = replace(SHAPES, n_classes=len(train.classes), **p.config, **measure_channels(train))
+    config = SHAPES.change(n_classes=len(train.classes), backbone=measure_channels(train), **p.config)
     scale = tuple(s * p.enlarge for s in (SCALES[0], SCALES[-1]))
-    return Recipe(config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)), tuple(colour(channels=config.in_channels)), p.slots, p.bs, p.epochs, ap_every=max(1, p.epochs // 20))
+    return Recipe(config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)), tuple(colour(channels=config.backbone.in_channels)), p.slots, p.bs, p.epochs, ap_every=max(1, p.epochs // 20))
 
 # %% ../nbs/24_train.ipynb #f837c00b
 def run_folder(
@@ -129,7 +129,9 @@ def pick_device(device=None) -> torch.device:
     except (RuntimeError, AssertionError) as e: raise DataError(f'--device {device}: not available here ({str(e).splitlines()[0]}); leave it out or say cpu.') from None
 
 
-OF_THE_DATA = ('sizes', 'enlarge', 'stretch', 'rpn_sample', 'n_pre', 'n_post', 'n_pre_predict', 'n_post_predict', 'n_rois', 'positive_fraction', 'n_masks', 'n_detections', 'sure')
+OF_THE_DATA = dict(
+    rpn=('sizes', 'n_sample', 'n_pre', 'n_post', 'n_pre_predict', 'n_post_predict'),
+    head=('n_rois', 'positive_fraction', 'n_masks'), detection=('n_detections', 'sure'))
 
 
 def start_from(
@@ -138,7 +140,9 @@ def start_from(
     classes,                  # K names
 ) -> MaskRCNN:
     "A network that was trained on other pictures, for these; other classes begin anew."
-    return MaskRCNN.from_checkpoint(path, classes=classes, short_side=0, **{k: getattr(config, k) for k in OF_THE_DATA})
+    frames = {f: {k: getattr(getattr(config, f), k) for k in names} for f, names in OF_THE_DATA.items()}
+    return MaskRCNN.from_checkpoint(path, classes=classes, short_side=0, enlarge=config.enlarge,
+                                    stretch=config.stretch, **frames)
 
 
 def fit(
@@ -154,7 +158,7 @@ def fit(
     pictures=None,      # numbers of the training images of an epoch; each of them `repeat` times if not given
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
-    if pretrained: recipe = replace(recipe, config=replace(recipe.config, **RESNET18, width=64))
+    if pretrained: recipe = replace(recipe, config=recipe.config.change(backbone=dict(**RESNET18, width=64)))
     model = start_from(start, recipe.config, train.classes) if start else None
     if model: recipe = replace(recipe, config=model.config)
     device, pictures = pick_device(device), list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
@@ -162,7 +166,7 @@ def fit(
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
     for s in (*train, *valid): check_channels(s.image, recipe.config, s.name)
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
-    coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.n_detections)
+    coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.detection.n_detections)
     dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
     learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes), RunLog(out)], metrics=coco.metrics(), model=model, path=out, opt_func=ADAMW)
     state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
@@ -190,10 +194,10 @@ def evaluate(
     "Scores of a model on a data set."
     for s in dataset: check_channels(s.image, model.config, s.name)
     if found is None: found = predict_all(model, dataset)
-    coco = CocoEval(dataset.classes, model.config.n_detections)
+    coco = CocoEval(dataset.classes, model.config.detection.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
     scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
-    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.sure))), kinds) if kinds else {})
+    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.detection.sure))), kinds) if kinds else {})
 
 
 def surely(
@@ -215,7 +219,7 @@ def results_figure(
     fig, axes = plt.subplots(n, 3, figsize=(9, 3 * n), squeeze=False)
     for i, row in zip(np.linspace(0, len(dataset) - 1, n).astype(int), axes):
         s = dataset[i]
-        found = predict_instances(model, s.image, model.config.sure if min_score is None else min_score)
+        found = predict_instances(model, s.image, model.config.detection.sure if min_score is None else min_score)
         show_instances(s.image, s.instances[[]], row[0], title=s.name[:24])
         show_instances(s.image, s.instances, row[1], dataset.classes, title='ground truth', captions=12)
         show_instances(s.image, found, row[2], dataset.classes, title='prediction', captions=12)
@@ -397,7 +401,7 @@ def predict(
         for name, path in progress_bar(paths.items(), total=len(paths), leave=False):
             image = open_picture(path)
             if image.ndim == 3: check_channels(image, model.config, path)
-            found[name] = find_in(model, image, model.config.sure if min_score is None else min_score, tile, predict_flipped if flips else predict_instances)
+            found[name] = find_in(model, image, model.config.detection.sure if min_score is None else min_score, tile, predict_flipped if flips else predict_instances)
             measured = read_pixels(path, image.shape[:2]) if Format.csv in formats else None   # as the camera stored them
             write_results(out, name, to_draw(image), found[name], classes, formats, pixel_size, measured)
         write_together(out, found, paths, classes, formats)

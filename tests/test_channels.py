@@ -46,7 +46,7 @@ def old_input(image, model, multiple=64):
     image = image if (h, w) == image.shape[:2] else np.asarray(Image.fromarray(image).resize((w, h), Image.BILINEAR))
     size, x = image.shape[:2], torch.tensor(image).permute(2, 0, 1) / 255
     h, w = (-(-n // multiple) * multiple for n in size)
-    out = torch.tensor(model.config.mean).view(3, 1, 1).expand(3, h, w).clone()
+    out = torch.tensor(model.config.backbone.mean).view(3, 1, 1).expand(3, h, w).clone()
     out[:, :size[0], :size[1]] = x
     return out[None]
 
@@ -68,7 +68,7 @@ def test_colours_of_8_bits_are_what_they_were(image, factor, size):
 @pytest.mark.parametrize('name', ['shapes', 'nuclei'])
 def test_what_the_models_that_ship_are_given_is_what_it_was(name):
     model, _ = load_weights(name)
-    assert model.config.in_channels == 3
+    assert model.config.backbone.in_channels == 3
     for s in make_shapes(3, seed=9, size=150): assert torch.equal(to_input(s.image, model), old_input(s.image, model))
 
 @pytest.mark.parametrize('suffix,kwargs', [('png', {}), ('jpg', {}), ('bmp', {}), ('tif', {}), ('tif', dict(compression='tiff_lzw')), ('tif', dict(compression='jpeg')), ('tif', dict(compression='packbits'))])
@@ -84,7 +84,7 @@ def test_files_of_8_bits_are_what_they_were(suffix, kwargs, mode, tmp_path):
 def test_the_order_of_random_numbers_is_what_it_was():
     "The same seed gives the same weights, whether or not the number of channels is said."
     set_seed(3); a = MaskRCNN(SHAPES).state_dict()
-    set_seed(3); b = MaskRCNN(replace(SHAPES, mean=SHAPES.mean, std=SHAPES.std)).state_dict()
+    set_seed(3); b = MaskRCNN(SHAPES.change(backbone=dict(mean=SHAPES.backbone.mean, std=SHAPES.backbone.std))).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a) and round(a['backbone.body.conv1.weight'].double().sum().item(), 3) == FIRST
 FIRST = -2.732   # the sum of the first kernels before there was `in_channels`
 
@@ -118,7 +118,7 @@ def test_what_a_hot_pixel_costs():
     by_max = lambda x: (x * (255 / x.max())).round().astype(np.uint8)
     floats = lambda x: (((x - np.percentile(x, .1)) / np.ptp(np.percentile(x, (.1, 99.9)))).clip(0, 1) * 255).astype(np.float32)
     for name, scale in dict(maximum=by_max, percentiles=to_uint8, floats=floats).items():
-        coco = CocoEval(CLASSES, model.config.n_detections)
+        coco = CocoEval(CLASSES, model.config.detection.n_detections)
         for i in range(12):
             pixels = (100 + np.random.default_rng(i).poisson(valid[i].image / 255 * 4000)).astype(np.uint16)
             pixels[5, 5] = 65535
@@ -301,12 +301,12 @@ def run(folder, tmp_path_factory):
     return SimpleNamespace(learn=learn, out=out, valid=valid, config=config, scores=finish(learn, valid, out))
 
 def test_training_on_five_channels(run):
-    assert run.config.in_channels == 5 and run.learn.model.backbone.body.conv1.weight.shape == (16, 5, 7, 7)
+    assert run.config.backbone.in_channels == 5 and run.learn.model.backbone.body.conv1.weight.shape == (16, 5, 7, 7)
     assert np.isfinite(np.array(run.learn.recorder.values, float)).all() and (run.out/'results.png').stat().st_size > 5000
 
 def test_save_load_predict_five_channels(run, folder):
     model, names = load_weights(run.out/'weights.safetensors')
-    assert names == CLASSES and model.config == run.config and model.config.in_channels == 5
+    assert names == CLASSES and model.config == run.config and model.config.backbone.in_channels == 5
     image = run.valid[0].image
     plain = MaskRCNN(run.config).eval()
     plain.load_state_dict(run.learn.model.state_dict())
@@ -316,10 +316,10 @@ def test_save_load_predict_five_channels(run, folder):
     with run.learn.no_bar(): found = run.learn.predict(file)[0]
     assert found.size == (128, 128)      # filled up to a multiple of 64, with the mean of each of the five channels
     filled = run.learn.dls.test_dl([file]).one_batch()[0].as_subclass(Tensor)
-    assert (filled[0, :, -1, -1] * 255).round().tolist() == [round(255 * m) for m in run.config.mean]
+    assert (filled[0, :, -1, -1] * 255).round().tolist() == [round(255 * m) for m in run.config.backbone.mean]
 
 def test_half_precision_and_stretched(run, tmp_path):
-    model = MaskRCNN(replace(run.config, stretch=True, enlarge=2.)).eval()
+    model = MaskRCNN(run.config.change(stretch=True, enlarge=2.)).eval()
     model.load_state_dict(run.learn.model.state_dict())
     again, _ = load_weights(save_weights(model, tmp_path/'w.safetensors', CLASSES, half=True))
     assert to_input(run.valid[0].image, again).shape == (1, 5, 192, 192) and predict_instances(again, run.valid[0].image).size == (96, 96)
@@ -334,7 +334,7 @@ def test_the_pages_of_trace_and_grad_cam(run, tmp_path):
     pad = torch.nn.functional.pad(gt[2], (0, images.shape[-1] - 96, 0, images.shape[-2] - 96))
     training = model.trace(images, gt[0], gt[1], pad, names=names)
     for box in training.boxes(): assert training.show(box).axes
-    eager = MaskRCNN(replace(run.config, min_score=0.)).eval()
+    eager = MaskRCNN(run.config.change(detection=dict(min_score=0.))).eval()
     eager.load_state_dict(model.state_dict())
     assert (cam := grad_cam(eager, images[0])).pixels.shape == images.shape[-2:] and cam.pixels.max() > 0
 
@@ -382,7 +382,7 @@ def test_a_learner_says_so_before_it_trains(folder):
     with pytest.raises(DataError, match=rf'^{re.escape(train.names[0])}: the picture has 5 channels but the model was trained with 3'): learner.mask_rcnn_learner(dls)
 
 def test_mean_and_std_agree():
-    with pytest.raises(ValueError, match='mean has 5 numbers and std 3'): replace(SHAPES, mean=(.5,) * 5)
+    with pytest.raises(ValueError, match='mean has 5 numbers and std 3'): SHAPES.change(backbone=dict(mean=(.5,) * 5))
 
 def test_channels_are_measured(folder):
     train, _ = load_splits(folder)
@@ -401,8 +401,8 @@ def test_imagenet_weights_for_other_channels(n, monkeypatch):
     set_seed(0)
     state = resnet18(weights=None).state_dict()
     monkeypatch.setitem(learner.IMAGENET, ((2, 2, 2, 2), False), SimpleNamespace(get_state_dict=lambda progress: dict(state), url=''))
-    config = replace(SHAPES, **RESNET18, width=64)
-    three, other = (load_imagenet(MaskRCNN(c)).eval().backbone.body for c in (config, replace(config, mean=(.5,) * n, std=(.2,) * n)))
+    config = SHAPES.change(backbone=dict(**RESNET18, width=64))
+    three, other = (load_imagenet(MaskRCNN(c)).eval().backbone.body for c in (config, config.change(backbone=dict(mean=(.5,) * n, std=(.2,) * n))))
     assert torch.equal(three.conv1.weight, state['conv1.weight']) and other.conv1.weight.shape == (64, n, 7, 7)
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items() if k != 'conv1.weight')
     x = torch.randn(1, 1, 64, 64)

@@ -74,7 +74,7 @@ def test_each_missing_name_and_an_extra_one(name):
 def test_deeper_networks_are_counted(tmp_path):
     for name in ('detectron', 'matterport'):
         model = MaskRCNN.from_checkpoint(written(name, checkpoint(name, (1, 2, 3, 2)), tmp_path))
-        assert model.config.layers == (1, 2, 3, 2)
+        assert model.config.backbone.layers == (1, 2, 3, 2)
 
 
 @systems
@@ -275,7 +275,7 @@ def test_the_command_starts_from_a_checkpoint(tmp_path, capsys):
     assert done.exit_code == 0 and '4 classes in place of 5, so these begin anew: box_predictor.cls_score.weight' in done.output, (done.output, done.exception)
     model, names = load_weights(tmp_path/'run/weights.safetensors')
     assert names == CLASSES and model.config.conventions == replace(SYSTEMS['detectron2'].config.conventions, short_side=0)
-    assert model.config.layers == (1, 1, 1, 1) and model.config.hidden == 16 and model.config.n_rois == 32
+    assert model.config.backbone.layers == (1, 1, 1, 1) and model.config.head.hidden == 16 and model.config.head.n_rois == 32
     both = CliRunner().invoke(app, [*args, '--start', str(file), '--pretrained'])
     assert both.exit_code == 1 and 'give one' in both.output
     nowhere = CliRunner().invoke(app, [*args, '--start', str(tmp_path/'none.pth')])

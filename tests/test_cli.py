@@ -131,7 +131,7 @@ def nuclei_run(nuclei, tmp_path_factory):
 def any_weights(tmp_path_factory):
     "Weights of a network that never learned, and is never too unsure to answer"
     set_seed(0)
-    return save_weights(MaskRCNN(replace(SHAPES, min_score=0.)), tmp_path_factory.mktemp('weights')/'any.safetensors', CLASSES)
+    return save_weights(MaskRCNN(SHAPES.change(detection=dict(min_score=0.))), tmp_path_factory.mktemp('weights')/'any.safetensors', CLASSES)
 
 # ---- train
 
@@ -187,7 +187,7 @@ def test_recipe_fits_the_data(shapes):
     train, _ = load_splits(shapes)
     recipe = coco_recipe(train)
     assert recipe.config.n_classes == 4 and recipe.slots == 8 and recipe.item_tfms[0].size == 128
-    assert recipe.config.sizes[0][0] < 40 < 64 <= recipe.config.sizes[-1][0]   # the shapes are 40 to 64 pixels, and are seen at 0.8 to 1.25 of it
+    assert recipe.config.rpn.sizes[0][0] < 40 < 64 <= recipe.config.rpn.sizes[-1][0]   # the shapes are 40 to 64 pixels, and are seen at 0.8 to 1.25 of it
 
 def test_only_background_trains(tmp_path):
     write_coco([replace(EMPTY, name=f'e{i}') for i in range(4)], tmp_path/'set', 'train', CLASSES)

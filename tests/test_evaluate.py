@@ -206,8 +206,8 @@ SIZES_BEFORE = ((16,), (32,), (64,), (96,), (128,))
 def tiny():
     "An untrained learner and its images"
     data = InstanceDataset([Named(s.name, s) for s in make_shapes(6, seed=2)], CLASSES, lambda r: (r.sample, []))
-    config = replace(SHAPES, sizes=SIZES_BEFORE, ratios=(.5, 1., 2.), width=8, channels=16, hidden=16, mask_channels=8, min_score=0.)
-    coco = CocoMetrics(CLASSES, max_dets=config.n_detections)
+    config = SHAPES.change(rpn=dict(sizes=SIZES_BEFORE, ratios=(.5, 1., 2.)), backbone=dict(width=8, channels=16), head=dict(hidden=16, mask_channels=8), detection=dict(min_score=0.))
+    coco = CocoMetrics(CLASSES, max_dets=config.detection.n_detections)
     learn = mask_rcnn_learner(instance_dls(data.subset(range(3)), data.subset(range(1, 6)), item_tfms=(), bs=2, device='cpu'), config, cbs=[coco], metrics=coco.metrics())
     return learn, data.subset(range(1, 6)), coco
 

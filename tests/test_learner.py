@@ -24,7 +24,7 @@ from maskrcnn_edu.loss_doctor import NaNDoctor, expected_losses, first_losses, o
 from maskrcnn_edu.mask_rcnn import SHAPES
 
 root = Path(__file__).resolve().parent.parent
-TINY = replace(SHAPES, width=16, channels=32, hidden=64, mask_channels=32)
+TINY = SHAPES.change(backbone=dict(width=16, channels=32), head=dict(hidden=64, mask_channels=32))
 
 @contextmanager
 def quiet(learn):
@@ -94,7 +94,7 @@ def test_lr_find_fine_tune_and_mixed_precision_leave_a_model_that_learns(tmp_pat
     plt.close('all')
 
 def test_freeze_keeps_the_backbone_still_and_stages_free_it(tmp_path):
-    learn = small(tmp_path, config=replace(TINY, norm='frozen'))
+    learn = small(tmp_path, config=TINY.change(backbone=dict(norm='frozen')))
     groups, moved = split_model(learn.model), []
     assert sum(p.numel() for g in groups for p in g) == sum(p.numel() for p in learn.model.parameters())
     copy = lambda: [torch.cat([p.detach().flatten().clone() for p in g]) for g in groups]
@@ -106,7 +106,7 @@ def test_freeze_keeps_the_backbone_still_and_stages_free_it(tmp_path):
     assert learn.opt.hypers[-1]['lr'] == pytest.approx(1e-4)
 
 def test_gradients_of_two_small_batches_are_those_of_their_mean(tmp_path):
-    learn = small(tmp_path, config=replace(TINY, norm='group'), bs=4, n=8)
+    learn = small(tmp_path, config=TINY.change(backbone=dict(norm='group')), bs=4, n=8)
     model, batches = learn.model, list(learn.dls.train)
     def pull(xb, yb):
         torch.manual_seed(0)
@@ -169,14 +169,14 @@ def test_ema_is_what_is_validated_saved_and_kept(tmp_path):
         def after_batch(self):
             if self.training: raws.append(weights(self.model))
         def before_validate(self): validated.append(weights(self.model))
-    learn = small(tmp_path, config=replace(TINY, norm='group'), cbs=[EMA(.5), Watch()])
+    learn = small(tmp_path, config=TINY.change(backbone=dict(norm='group')), cbs=[EMA(.5), Watch()])
     with quiet(learn): learn.fit(2, 1e-3, cbs=SaveModelCallback(every_epoch=True))
     mean = raws[0]
     for n, raw in enumerate(raws[1:], 1): mean = torch.lerp(raw, mean, min(.5, (1 + n) / (10 + n)))
     torch.testing.assert_close(validated[-1], mean)
     torch.testing.assert_close(weights(learn.model), mean)
     assert not torch.allclose(mean, raws[-1])
-    saved = small(tmp_path, config=replace(TINY, norm='group')).load('model_1', weights_only=False)
+    saved = small(tmp_path, config=TINY.change(backbone=dict(norm='group'))).load('model_1', weights_only=False)
     torch.testing.assert_close(weights(saved.model), mean)
     assert torch.equal(weights(raw_model(learn)), weights(learn.model)) and learn.opt.param_lists[0][0] is next(learn.model.parameters())
 
@@ -189,9 +189,9 @@ def test_frozen_norm_keeps_its_means(tmp_path):
 
 @pytest.mark.parametrize('norm, layer', [('batch', nn.BatchNorm2d), ('group', nn.GroupNorm)])
 def test_norm_is_a_choice(norm, layer):
-    model = small(config=replace(TINY, norm=norm)).model
+    model = small(config=TINY.change(backbone=dict(norm=norm))).model
     assert any(isinstance(m, layer) for m in model.modules())
-    assert not [m for m in small(config=replace(TINY, norm='frozen')).model.backbone.body.bn1.parameters()]
+    assert not [m for m in small(config=TINY.change(backbone=dict(norm='frozen'))).model.backbone.body.bn1.parameters()]
 
 def test_prediction_pictures_are_written_and_the_model_is_left_in_its_mode(tmp_path):
     learn = small(tmp_path, cbs=PredictionPicture(tmp_path/'seen', 2, every=2))

@@ -446,7 +446,7 @@ def test_rpn_losses_level_by_level(case):
     start = 0
     for n, recorded in zip(case['rpn_level_counts'].tolist(), case['train_losses_rpn_levels'].T):
         here = (torch.arange(len(labels)) >= start) & (torch.arange(len(labels)) < start + n)
-        ours = rpn_loss(case.rpn.objectness, case.rpn.deltas, torch.where(here, labels, -1)[None], deltas[None], case.model.config.rpn_beta, n_class=256, n_box=int((labels >= 0).sum()))
+        ours = rpn_loss(case.rpn.objectness, case.rpn.deltas, torch.where(here, labels, -1)[None], deltas[None], case.model.config.rpn.beta, n_class=256, n_box=int((labels >= 0).sum()))
         assert np.allclose([x.item() for x in ours.values()], recorded, rtol=STAGES, atol=1e-7)
         start += n
 

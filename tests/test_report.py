@@ -111,7 +111,7 @@ def shipped(shapes, model, tmp_path_factory):
 
 @pytest.fixture
 def learner(shapes, tmp_path):
-    tiny = replace(SHAPES, width=16, channels=32, hidden=64, mask_channels=32, min_score=0.)
+    tiny = SHAPES.change(backbone=dict(width=16, channels=32), head=dict(hidden=64, mask_channels=32), detection=dict(min_score=0.))
     def make(cbs=(), n=8):
         dls = instance_dls(shapes[0].subset(range(n)), shapes[1].subset(range(2)), bs=4, device='cpu')
         return mask_rcnn_learner(dls, tiny, path=tmp_path, cbs=cbs, seed=3)
@@ -195,7 +195,7 @@ def test_one_class_and_eighty(n_classes, tmp_path):
     samples = [replace(s, instances=replace(s.instances, labels=rng.integers(1, n_classes + 1, len(s.instances)))) for s in make_shapes(24, seed=4)]
     data = dataset(samples, ['background', *(f'class {i}' for i in range(n_classes))])
     found = guessed(data)
-    p = whole(write_report(tmp_path, MaskRCNN(replace(SHAPES, n_classes=n_classes + 1)), data, scored(data, found), found, n_pictures=2))
+    p = whole(write_report(tmp_path, MaskRCNN(SHAPES.change(n_classes=n_classes + 1)), data, scored(data, found), found, n_pictures=2))
     assert f'class {n_classes - 1}' in p.said and ('and 75 more' in p.said or n_classes == 1 or 'more in the validation images' in p.said) and p.names['tr'] > n_classes
     assert ('No object of' in p.said) == (n_classes == 80)
 
@@ -233,7 +233,7 @@ def test_large_noisy_images_stay_small(tmp_path, model):
         samples.append(Sample(rng.integers(0, 256, (*labels.shape, 3), dtype=np.uint8), instances, f'noise {i}'))
     data = dataset(samples, ['background', 'nucleus'])
     found = guessed(data)
-    assert whole(write_report(tmp_path, MaskRCNN(replace(SHAPES, n_classes=2, stretch=True)), data, scored(data, found), found)).names['img'] == 14
+    assert whole(write_report(tmp_path, MaskRCNN(SHAPES.change(n_classes=2, stretch=True)), data, scored(data, found), found)).names['img'] == 14
 
 
 def test_a_run_that_was_resumed(learner, shapes, tmp_path):

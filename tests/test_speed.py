@@ -19,7 +19,7 @@ from maskrcnn_edu.resnet import ResNet, fold_norms
 from maskrcnn_edu.speed import KINDS, Replay, alternate, kind_of, profile_step
 
 root = Path(__file__).resolve().parent.parent
-CONFIG = replace(SHAPES, width=16, channels=16, hidden=32, mask_channels=16)     # 8 channels, channels last, two threads: PyTorch 2.15's convolution crashes on some processors
+CONFIG = SHAPES.change(backbone=dict(width=16, channels=16), head=dict(hidden=32, mask_channels=16))     # 8 channels, channels last, two threads: PyTorch 2.15's convolution crashes on some processors
 
 
 def batch_of(n=3, slots=6):

@@ -49,7 +49,7 @@ def test_prediction_is_that_of_predict(model, batch, prediction):
     assert all(torch.equal(a, b) for a, b in zip(prediction['features'], model.features(batch[0])))
     rpn = model.rpn(prediction['features'], batch[0].shape[-2:])
     for name in ('anchors', 'objectness', 'deltas'): assert torch.equal(prediction[name], getattr(rpn, name))
-    p = model.rpn.propose(rpn, model.config.n_pre_predict, model.config.n_post_predict)
+    p = model.rpn.propose(rpn, model.config.rpn.n_pre_predict, model.config.rpn.n_post_predict)
     assert all(torch.equal(a, b) for a, b in zip(prediction['proposals'], p))
     with torch.no_grad(): logits, deltas = model.box_branch(prediction['features'], p.boxes, p.valid, batch[0].shape[-2:])
     assert torch.equal(prediction['class_logits'], logits) and torch.equal(prediction['box_deltas'], deltas)   # of the first look
@@ -115,7 +115,7 @@ def test_the_table_counts(prediction):
     valid = prediction['proposals'].valid
     assert rows['proposals.valid'].zeros == pytest.approx(1 - valid.float().mean().item()) and '<th>' in prediction.table()._repr_html_()
 
-@pytest.mark.parametrize('config', [SHAPES, MaskRCNNConfig(n_classes=2, channels=32, layers=(1, 1, 1, 1), hidden=32, mask_channels=16, n_pre=50, n_post=40, n_pre_predict=50, n_post_predict=30, n_rois=16)],
+@pytest.mark.parametrize('config', [SHAPES, MaskRCNNConfig().change(n_classes=2, backbone=dict(channels=32, layers=(1, 1, 1, 1)), head=dict(hidden=32, mask_channels=16, n_rois=16), rpn=dict(n_pre=50, n_post=40, n_pre_predict=50, n_post_predict=30))],
                          ids=['shapes', 'two classes'])
 def test_untrained_models_and_images_without_objects(config):
     torch.manual_seed(0)
@@ -166,18 +166,18 @@ def test_names_are_escaped(model, batch, tmp_path):
 def test_grad_cam_goes_back_to_the_level_and_the_pixels(model, batch):
     plain = model.predict(batch[0])
     cam = grad_cam(model, batch[0][0], 0)
-    assert cam.level == 2 + int(roi_level(cam.roi, canonical_size=model.config.canonical_size))
+    assert cam.level == 2 + int(roi_level(cam.roi, canonical_size=model.config.head.canonical_size))
     assert [bool(m.any()) for m in cam.maps] == [level == cam.level for level in (2, 3, 4, 5)] and cam.pixels.shape == (128, 128)
     assert float(box_iou(cam.roi[None], plain.boxes[:1, 0])) > .4          # the roi is that of the detection
     x1, y1, x2, y2 = cam.roi.round().int().tolist()
     inside = cam.pixels[max(y1, 0):y2, max(x1, 0):x2]
     assert inside.mean() > cam.pixels.mean() and all(p.grad is None for p in model.parameters()) and model.notes is None
-    coarse = MaskRCNN(replace(model.config, canonical_size=20, min_score=0.)).eval()
+    coarse = MaskRCNN(model.config.change(head=dict(canonical_size=20), detection=dict(min_score=0.))).eval()
     coarse.load_state_dict(model.state_dict())
     assert grad_cam(coarse, batch[0][0], 0).level > 2
 
 def test_grad_cam_of_an_empty_slot_says_so(model, batch):
-    with pytest.raises(ValueError, match='is empty; there are'): grad_cam(model, batch[0][0], model.config.n_detections - 1)
+    with pytest.raises(ValueError, match='is empty; there are'): grad_cam(model, batch[0][0], model.config.detection.n_detections - 1)
 
 def test_parts_given_to_the_constructor_are_used(batch):
     calls = []
