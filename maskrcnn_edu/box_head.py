@@ -37,7 +37,8 @@ class BoxPredictor(nn.Module):
         super().__init__()
         self.cls_score = nn.Linear(hidden, n_classes)
         self.bbox_pred = nn.Linear(hidden, n_classes * 4)
-        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):   # begin undecided and unmoved
+        # begin undecided and unmoved
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 

@@ -16,7 +16,7 @@ def of_class(
     labels: Tensor,  # (B, R) class; -1 reads class 0
 ) -> Tensor:         # (B, R, ...) the answer for that class
     "Pick every roi's answer for its own class."
-    first = torch.arange(labels.numel(), device=labels.device) * values.shape[2]  # the row of class 0
+    first = torch.arange(labels.numel(), device=labels.device) * values.shape[2]
     rows = first + labels.clamp(min=0).flatten()                                  # (B * R,)
     return values.flatten(0, 2).index_select(0, rows).unflatten(0, labels.shape)
 

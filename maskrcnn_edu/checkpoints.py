@@ -43,15 +43,19 @@ def save_weights(
 ) -> Path:
     "Weights, configuration, dialect and class names in one file, written in one move."
     if len(classes) != model.config.n_classes:
-        raise ValueError(f'classes: {len(classes)} names for a model of {model.config.n_classes} classes '
-                         '(with background).')
+        raise ValueError(
+            f'classes: {len(classes)} names for a model of {model.config.n_classes} classes '
+            '(with background).'
+        )
     kind = lambda v: v.half() if half and v.is_floating_point() else v
     state = {k: kind(v).contiguous().cpu() for k, v in model.state_dict().items()}
     header = dict(format='maskrcnn_edu', config=asdict(model.config), classes=list(classes))
     if name := getattr(model, 'dialect', None):
         sides = model.door.numbers if hasattr(model, 'door') else dict(short_side=0)
         header['dialect'] = dict(name=name, **sides)
-    write_atomic(path, save(state, {k: v if k == 'format' else json.dumps(v) for k, v in header.items()}))
+    write_atomic(
+        path, save(state, {k: v if k == 'format' else json.dumps(v) for k, v in header.items()})
+    )
     return Path(path)
 
 # %% ../nbs/55_checkpoints.ipynb #1d38f0d2a
@@ -86,34 +90,58 @@ def tupled(x):
 
 def config_of(numbers: dict) -> MaskRCNNConfig:
     "The configuration of a header."
-    frames = dict(backbone=BackboneConfig, rpn=RPNConfig, head=HeadConfig, detection=DetectionConfig)
+    frames = dict(
+        backbone=BackboneConfig, rpn=RPNConfig, head=HeadConfig, detection=DetectionConfig
+    )
     made = {k: frames[k](**v) if k in frames else v for k, v in tupled(numbers).items()}
     return MaskRCNNConfig(**made)
 
 # %% ../nbs/55_checkpoints.ipynb #73550904a
-RENAMED = dict(rpn_sample='n_sample', rpn_positive_fraction='positive_fraction', rpn_positive_iou='positive_iou',
-               rpn_negative_iou='negative_iou', rpn_beta='beta', rpn_nms_iou='nms_iou', rpn_min_size='min_size')
+RENAMED = dict(
+    rpn_sample='n_sample',
+    rpn_positive_fraction='positive_fraction',
+    rpn_positive_iou='positive_iou',
+    rpn_negative_iou='negative_iou',
+    rpn_beta='beta',
+    rpn_nms_iou='nms_iou',
+    rpn_min_size='min_size',
+)
 HEAD_RENAMED = dict(roi_iou='iou', box_beta='beta', box_weights='weights')
 MODULES = ('stride_in_1x1', 'rpn_weights', 'rpn_channels', 'rpn_convs', 'box_convs', 'box_layers')
 
 
 def by_frame(numbers: dict) -> dict:
     "The numbers of a header of version 0.1, one flat list then, by frame of the diagram."
-    flat = {k: v for k, v in numbers.items() if k not in MODULES and k not in ('conventions', 'frozen_norm')}
+    flat = {
+        k: v
+        for k, v in numbers.items()
+        if k not in MODULES and k not in ('conventions', 'frozen_norm')
+    }
     rpn = {new: flat.pop(old) for old, new in RENAMED.items() if old in flat}
     head = {new: flat.pop(old) for old, new in HEAD_RENAMED.items() if old in flat}
     take = lambda kind: {k: flat.pop(k) for k in list(flat) if k in kind.__dataclass_fields__}
     rpn |= {k: flat.pop(k) for k in list(flat) if k in RPNConfig.__dataclass_fields__ and k not in (
         'positive_fraction', 'nms_iou', 'min_size')}
-    out = dict(rpn=rpn, head=head | take(HeadConfig), detection=take(DetectionConfig), backbone=take(BackboneConfig))
-    if numbers.get('frozen_norm'): out['backbone']['norm'] = 'frozen'   # as the first files wrote it
+    out = dict(
+        rpn=rpn,
+        head=head | take(HeadConfig),
+        detection=take(DetectionConfig),
+        backbone=take(BackboneConfig),
+    )
+    # as the first files wrote it
+    if numbers.get('frozen_norm'):
+        out['backbone']['norm'] = 'frozen'
     return flat | out
 
 # %% ../nbs/55_checkpoints.ipynb #73550904b
 def dialect_by_rules(numbers: dict) -> dict | None:   # name and sides
     "Which dialect the rules in a header of version 0.1 are; none, if they are our own."
     rules = numbers.get('conventions') or {}
-    if not any(rules.get(k) for k in ('hard_masks', 'from_cell', 'together')) and rules.get('paste', 'bins') == 'bins': return None
+    if (
+        not any(rules.get(k) for k in ('hard_masks', 'from_cell', 'together'))
+        and rules.get('paste', 'bins') == 'bins'
+    ):
+        return None
     if rules['together']: name = 'matterport' if rules['normalised'] else 'multimodal'
     elif rules['from_cell']: name = 'detectron' if rules['in_picture'] else 'maskrcnn_benchmark'
     elif rules['hard_masks']: name = 'detectron2'
@@ -128,22 +156,40 @@ def read_header(
     try:
         with safe_open(path, 'pt') as f: header = f.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise WeightsError(f'{path}: not a safetensors weight file ({e}); weights are written by training '
-                           'as weights.safetensors.') from None
+        raise WeightsError(
+            f'{path}: not a safetensors weight file ({e}); weights are written by training '
+            'as weights.safetensors.'
+        ) from None
     if header.get('format') != 'maskrcnn_edu':
-        raise WeightsError(f'{path}: a safetensors file of another program, without our configuration; '
-                           'use weights written by maskrcnn-edu train.')
+        raise WeightsError(
+            f'{path}: a safetensors file of another program, without our configuration; '
+            'use weights written by maskrcnn-edu train.'
+        )
     try:
         numbers, dialect = json.loads(header['config']), json.loads(header.get('dialect', 'null'))
-        if 'backbone' not in numbers: numbers, dialect = by_frame(numbers), dialect_by_rules(numbers)
+        if 'backbone' not in numbers:
+            numbers, dialect = by_frame(numbers), dialect_by_rules(numbers)
         return config_of(numbers), json.loads(header['classes']), dialect
     except (KeyError, TypeError, ValueError) as e:
-        raise WeightsError(f'{path}: its header cannot be read ({e}); it was written by another version '
-                           'of maskrcnn_edu.') from None
+        raise WeightsError(
+            f'{path}: its header cannot be read ({e}); it was written by another version '
+            'of maskrcnn_edu.'
+        ) from None
 
 # %% ../nbs/55_checkpoints.ipynb #73550904c
-DIALECTS = {d.name: d for d in (TORCHVISION, TORCHVISION_V2, DETECTRON2, DETECTRON, DETECTRON_PYTORCH,
-                                MASKRCNN_BENCHMARK, MATTERPORT, MULTIMODAL)}
+DIALECTS = {
+    d.name: d
+    for d in (
+        TORCHVISION,
+        TORCHVISION_V2,
+        DETECTRON2,
+        DETECTRON,
+        DETECTRON_PYTORCH,
+        MASKRCNN_BENCHMARK,
+        MATTERPORT,
+        MULTIMODAL,
+    )
+}
 
 
 def make_model(
@@ -157,12 +203,16 @@ def make_model(
     sides = dict(dialect)
     name = sides.pop('name')
     if name not in DIALECTS:
-        raise WeightsError(f'{path}: speaks the dialect {name!r}, which this version does not know; '
-                           f'it knows {", ".join(DIALECTS)}.')
+        raise WeightsError(
+            f'{path}: speaks the dialect {name!r}, which this version does not know; '
+            f'it knows {", ".join(DIALECTS)}.'
+        )
     model = build(DIALECTS[name], config, **sides)
     shared, head = state.get('rpn.head.conv.0.0.weight'), model.rpn.head
     if shared is not None and len(shared) != head.conv[0][0].out_channels:
-        model.rpn.head = rpn_head(config.backbone.channels, head.cls_logits.out_channels, len(shared), len(head.conv))
+        model.rpn.head = rpn_head(
+            config.backbone.channels, head.cls_logits.out_channels, len(shared), len(head.conv)
+        )
     return model
 
 # %% ../nbs/55_checkpoints.ipynb #73550904d
@@ -175,8 +225,10 @@ def load_weights(
     path = find_weights(weights)
     config, names, dialect = read_header(path)
     if classes is not None and list(classes) != names:
-        raise WeightsError(f'{path}: made for {len(names)} classes ({", ".join(names)}), but the data have '
-                           f'{len(classes)} ({", ".join(classes)}); train on these data first.')
+        raise WeightsError(
+            f'{path}: made for {len(names)} classes ({", ".join(names)}), but the data have '
+            f'{len(classes)} ({", ".join(classes)}); train on these data first.'
+        )
     with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
     model = make_model(config, state, dialect, path)
     try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -195,8 +247,10 @@ def from_torchvision(
     needed = 'rpn.head.conv.0.0.weight', 'roi_heads.mask_predictor.conv5_mask.weight', first
     missing = [k for k in needed if k not in state]
     if missing:
-        raise WeightsError(f"state: {missing[0]} is missing, so this is not the state dict of torchvision's "
-                           'maskrcnn_resnet50_fpn.')
+        raise WeightsError(
+            f"state: {missing[0]} is missing, so this is not the state dict of torchvision's "
+            'maskrcnn_resnet50_fpn.'
+        )
     ours = {k.replace('roi_heads.', ''): v for k, v in state.items()}
     return ours | {first: spread_channels(state[first], in_channels)}
 
@@ -230,13 +284,19 @@ def read_keras(path) -> dict:
     found, order = {}, {4: (3, 2, 0, 1), 2: (1, 0)}
     def take(name, x):
         if isinstance(x, h5py.Dataset): found[name] = torch.tensor(x[()])
-    with h5py.File(path, 'r') as f: (f['model_weights'] if 'model_weights' in f else f).visititems(take)
+    with h5py.File(path, 'r') as f:
+        (f['model_weights'] if 'model_weights' in f else f).visititems(take)
     turned = lambda v: v.permute(order[v.ndim]).contiguous() if v.ndim in order else v
     return {k: turned(v) for k, v in found.items()}
 
 # %% ../nbs/55_checkpoints.ipynb #dia00003
 _TORCH_PICKLE = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'   # how files of torch before 1.6 begin
-READERS = {b'\x89HDF': read_keras, b'PK': read_torch, _TORCH_PICKLE: read_torch, b'\x80': read_pickle}
+READERS = {
+    b'\x89HDF': read_keras,
+    b'PK': read_torch,
+    _TORCH_PICKLE: read_torch,
+    b'\x80': read_pickle,
+}
 
 
 def read_file(
@@ -254,9 +314,15 @@ def read_file(
     except WeightsError as e: raise WeightsError(f'{path}: {e}.') from None
     except Exception as e:
         code = 'Weights only' in str(e) and 'Unsupported' in str(e)
-        reason = 'asks for code to be run, which was not done' if code else 'cannot be read: it is cut off or damaged'
-        raise WeightsError(f'{path}: {reason} ({type(e).__name__}); download it again from where its makers '
-                           'publish it.') from None
+        reason = (
+            'asks for code to be run, which was not done'
+            if code
+            else 'cannot be read: it is cut off or damaged'
+        )
+        raise WeightsError(
+            f'{path}: {reason} ({type(e).__name__}); download it again from where its makers '
+            'publish it.'
+        ) from None
     return flat(found, path)
 
 
@@ -285,7 +351,9 @@ def layers_of(
         yield f'backbone.fpn.inner_blocks.{i}.0', None, 'inner' if i < 3 else 'top', numbers
         yield f'backbone.fpn.layer_blocks.{i}.0', None, 'layer', numbers
     for layer in names:
-        if layer.startswith(('rpn.', 'box_head.', 'box_predictor.', 'mask_predictor.')) and not layer.endswith('_norm'):
+        if layer.startswith(
+            ('rpn.', 'box_head.', 'box_predictor.', 'mask_predictor.')
+        ) and not layer.endswith('_norm'):
             yield layer, None, layer, {}
     for k in range(4):
         if 'box_conv' in names: yield f'box_head.convs.{k}.0', None, 'box_conv', dict(i=k)
@@ -295,9 +363,13 @@ def layers_of(
 def block_layers(n: int, b: int):
     "The layers of block b of stage n of the ResNet."
     here = f'backbone.body.layer{n + 1}.{b}.'
-    numbers = dict(n=n + 1, stage=n + 2, block=b, letter='abcdefghijklmnopqrstuvwxyz'[b] if b < 26 else b)
+    numbers = dict(
+        n=n + 1, stage=n + 2, block=b, letter='abcdefghijklmnopqrstuvwxyz'[b] if b < 26 else b
+    )
     for k in (1, 2, 3):
-        yield f'{here}conv{k}', f'{here}bn{k}', 'conv', dict(numbers, k=k, branch='2' + 'abc'[k - 1])
+        yield f'{here}conv{k}', f'{here}bn{k}', 'conv', dict(
+            numbers, k=k, branch='2' + 'abc'[k - 1]
+        )
     if b == 0: yield f'{here}downsample.0', f'{here}downsample.1', 'shortcut', numbers
 
 # %% ../nbs/55_checkpoints.ipynb #dia00016
@@ -323,7 +395,9 @@ def our_order(state: dict, names) -> dict:
     out = dict(state)
     def change(layer, f): out.update({k: f(out[k]) for k in (layer + '.weight', layer + '.bias')})
     if names.bgr: out['backbone.body.conv1.weight'] = out['backbone.body.conv1.weight'].flip(1)
-    if names.pairs: change('rpn.head.cls_logits', lambda w: w[1::2] - w[::2])   # of a softmax of two
+    # of a softmax of two
+    if names.pairs:
+        change('rpn.head.cls_logits', lambda w: w[1::2] - w[::2])
     if names.yx:
         turned = lambda w: w.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
         for layer in ('rpn.head.bbox_pred', 'box_predictor.bbox_pred'): change(layer, turned)
@@ -342,7 +416,8 @@ def recognise(
     path='state',   # for the message
 ) -> Dialect:
     "Which program wrote these names."
-    ordered = sorted(SYSTEMS.values(), key=lambda d: d is TORCHVISION)    # version 2 has its key too
+    # version 2 has its key too
+    ordered = sorted(SYSTEMS.values(), key=lambda d: d is TORCHVISION)
     for dialect in ordered:
         if dialect.names.sign in state: return dialect
     known = ', '.join(dict.fromkeys(d.title for d in SYSTEMS.values()))
@@ -354,8 +429,15 @@ def count_blocks(state: dict, names) -> tuple:
     "Blocks of each stage of the ResNet."
     def key(n, b):
         letter = 'abcdefghijklmnopqrstuvwxyz'[min(b, 25)]
-        return names.layers['conv'].format(n=n + 1, stage=n + 2, block=b, letter=letter, k=1, branch='2a') + names.conv[0]
-    return tuple(next(b for b in range(len(state) + 1) if b > 25 or key(n, b) not in state) for n in range(4))
+        return (
+            names.layers['conv'].format(
+                n=n + 1, stage=n + 2, block=b, letter=letter, k=1, branch='2a'
+            )
+            + names.conv[0]
+        )
+    return tuple(
+        next(b for b in range(len(state) + 1) if b > 25 or key(n, b) not in state) for n in range(4)
+    )
 
 # %% ../nbs/55_checkpoints.ipynb #dia00019a
 class Unused(dict):
@@ -367,12 +449,20 @@ class Unused(dict):
 
     def take(self, *keys):
         for k in keys:
-            if k not in self: raise WeightsError(f'{self.path}: {k} is missing, so this is not a whole checkpoint of {self.title}.')
+            if k not in self:
+                raise WeightsError(
+                    f'{self.path}: {k} is missing, so this is not a whole checkpoint of '
+                    f'{self.title}.'
+                )
         return [self.pop(k) for k in keys]
 
     def end(self):
-        if self: raise WeightsError(f"{self.path}: {next(iter(self))} is no tensor of {self.title}'s Mask R-CNN with FPN "
-                                    f'({len(self)} are unknown); only this model can be read.')
+        if self:
+            raise WeightsError(
+                f"{self.path}: {next(iter(self))} is no tensor of {self.title}'s Mask R-CNN with "
+                f"FPN "
+                f'({len(self)} are unknown); only this model can be read.'
+            )
 
 
 def translate(
@@ -388,7 +478,11 @@ def translate(
         weight, = left.take(theirs + names.conv[0])
         bias = left.take(theirs + names.conv[1])[0] if names.biased or not norm_name else None
         if name.startswith(('box_head', 'box_predictor')): weight = weight.flatten(1)
-        norm = left.take(*(norm_name.format(**numbers) + end for end in names.norm)) if norm_name else None
+        norm = (
+            left.take(*(norm_name.format(**numbers) + end for end in names.norm))
+            if norm_name
+            else None
+        )
         if our_norm: out |= {f'{our_norm}.{k}': v for k, v in as_frozen(bias, norm, names.eps).items()}
         elif norm: weight, bias = folded(weight, bias, norm, names.eps)
         out |= {layer + '.weight': weight} | ({} if our_norm else {layer + '.bias': bias})
@@ -447,11 +541,20 @@ def from_checkpoint(
     k = len(classes) if classes else n_classes or config.n_classes
     others = list(classes) != names if classes else k != config.n_classes
     fresh = [name for name in state if others and name.startswith(LAST)]
-    if fresh: print(f'{path}: {k} classes in place of {config.n_classes}, so these are reinitialised: {", ".join(fresh)}.')
-    model = make_model(config.change(n_classes=k, **numbers), state, dialect and dialect | sides, path)
+    if fresh:
+        print(
+            f'{path}: {k} classes in place of {config.n_classes}, so these are reinitialised: '
+            f'{", ".join(fresh)}.'
+        )
+    model = make_model(
+        config.change(n_classes=k, **numbers), state, dialect and dialect | sides, path
+    )
     try: model.load_state_dict({k: model.state_dict()[k] if k in fresh else v for k, v in state.items()})
     except RuntimeError as e:
-        raise WeightsError(f"{path}: a tensor has another shape than this model's ({str(e).splitlines()[-1].strip()}).") from None
+        raise WeightsError(
+            f"{path}: a tensor has another shape than this model's "
+            f"({str(e).splitlines()[-1].strip()})."
+        ) from None
     return model.eval()
 
 

@@ -29,7 +29,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from .anchors import nearest_anchor_iou, recommend_anchors
+from .anchor_sizes import nearest_anchor_iou, recommend_anchors
 from .core import ROLE_COLOURS, show_boxes, show_image
 from .data import Instances, number
 from .instances import to_instances

@@ -61,9 +61,20 @@ def from_masks(cls: Instances,
     cuts = [tight(m) for m in masks]
     origins = np.array([c[1:] for c in cuts], np.int64).reshape(-1, 2)
     crops = [c[0] for c in cuts]
-    boxes = crop_boxes(crops, origins) if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 4)
+    boxes = (
+        crop_boxes(crops, origins)
+        if boxes is None
+        else np.asarray(boxes, np.float32).reshape(-1, 4)
+    )
     scores = None if scores is None else np.asarray(scores, np.float32)
-    return cls(tuple(map(int, np.shape(masks)[-2:])), boxes, np.asarray(labels, np.int64).reshape(-1), crops, origins, scores)
+    return cls(
+        tuple(map(int, np.shape(masks)[-2:])),
+        boxes,
+        np.asarray(labels, np.int64).reshape(-1),
+        crops,
+        origins,
+        scores,
+    )
 
 @patch
 def masks(self: Instances): # (n,H,W) uint8
@@ -79,8 +90,14 @@ def __getitem__(self: Instances,
 ): # Instances
     "Some of the objects"
     keep = np.arange(len(self))[keep].reshape(-1)
-    return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crops=[self.crops[i] for i in keep],
-        origins=self.origins[keep], scores=None if self.scores is None else self.scores[keep])
+    return replace(
+        self,
+        boxes=self.boxes[keep],
+        labels=self.labels[keep],
+        crops=[self.crops[i] for i in keep],
+        origins=self.origins[keep],
+        scores=None if self.scores is None else self.scores[keep],
+    )
 
 # %% ../nbs/18b_instances.ipynb #18b00007
 @patch
@@ -108,10 +125,15 @@ def window(self: Instances,
     for i in np.flatnonzero(((ends > 0) & (shift < (h, w))).all(1)):
         (top, left) = shift[i]
         crop, cy, cx = tight(self.crops[i][max(-top, 0):h - top, max(-left, 0):w - left])
-        if crop.size: kept.append(i), crops.append(crop), origins.append((cy + max(top, 0), cx + max(left, 0)))
+        if crop.size:
+            kept.append(i), crops.append(crop), origins.append(
+                (cy + max(top, 0), cx + max(left, 0))
+            )
     origins = np.array(origins, np.int64).reshape(-1, 2)
     some = self[np.array(kept, int)]
-    return replace(some, size=(h, w), crops=crops, origins=origins, boxes=crop_boxes(crops, origins))
+    return replace(
+        some, size=(h, w), crops=crops, origins=origins, boxes=crop_boxes(crops, origins)
+    )
 
 # %% ../nbs/18b_instances.ipynb #18b00009
 def paste_crop(
@@ -147,7 +169,9 @@ def to_instances(
 ) -> Instances:
     "The filled slots of one image as objects with masks of their own size."
     filled = (labels > 0) & (scores >= min_score)
-    boxes, labels, scores, masks = (t[filled].detach().cpu() for t in (boxes, labels, scores, masks))
+    boxes, labels, scores, masks = (
+        t[filled].detach().cpu() for t in (boxes, labels, scores, masks)
+    )
     boxes = clip(boxes.float(), full_frame(size, boxes).window)
     pasted = [paste(*pair, size, threshold, aligned) for pair in zip(masks.float(), boxes)]
     origins = np.array([o for _, o in pasted], dtype=np.int64).reshape(-1, 2)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SHAPES', 'BackboneConfig', 'RPNConfig', 'HeadConfig', 'DetectionConfig', 'MaskRCNNConfig', 'group_norm',
-           'Parts', 'with_numbers', 'Noting', 'listening', 'Detections', 'Noise', 'frame_of', 'MaskRCNN', 'used_slots']
+           'Parts', 'with_numbers', 'Detections', 'Noise', 'frame_of', 'MaskRCNN', 'used_slots']
 
 # %% ../nbs/19_mask_rcnn.ipynb #c621e6f4
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 import torch
@@ -25,6 +24,7 @@ from .head_targets import HeadTargets, head_targets, sample_rois
 from .mask_head import MaskHead, MaskPredictor, fixed_shapes, predict_masks
 from .mask_loss import mask_loss
 from .proposals import Proposals, propose
+from .record import Noting
 from .resnet import ResNet, TINY
 from .roi_align import pyramid_roi_align
 from .rpn import RPN, RPNOutput
@@ -165,24 +165,6 @@ def with_numbers(
         detect=partial(parts.detect, weights=h.weights, min_score=d.min_score, nms_iou=d.nms_iou,
                        n_detections=d.n_detections, min_size=d.min_size))
 
-# %% ../nbs/19_mask_rcnn.ipynb #89783ca0b
-class Noting:
-    "A model that says `self.note(name=tensor)` in passing; nothing happens unless somebody listens."
-    notes = None   # a dict while somebody listens
-
-    def note(self, **tensors):   # name=tensor, or a list, dict or named tuple of tensors
-        "Keep tensors under their names; the first of a name stays."
-        if self.notes is None: return
-        for name, value in tensors.items(): self.notes.setdefault(name, value)
-
-
-@contextmanager
-def listening(model: Noting):
-    "The dict that fills with what the model notes inside the `with`."
-    model.notes = {}
-    try: yield model.notes
-    finally: model.notes = None
-
 # %% ../nbs/19_mask_rcnn.ipynb #89783ca0c
 class Detections(NamedTuple):
     "What was found in a batch; label 0 = empty slot."
@@ -235,8 +217,8 @@ def features(self: MaskRCNN,
     "Frame *Backbone*."
     if images.shape[1] != len(self.mean):
         n = images.shape[1]
-        raise ValueError(f'the pictures have {n} channels but the model was made for {len(self.mean)}; '
-                         f'its configuration needs {n} numbers in mean and std.')
+        raise ValueError(f'the pictures have {n} channels but the model was made for '
+                         f'{len(self.mean)}; its configuration needs {n} numbers in mean and std.')
     self.note(images=images)
     return self.backbone((images - self.mean) / self.std)
 
@@ -285,7 +267,8 @@ def mask_branch(self: MaskRCNN,
     "ROIAlign 14x14, mask head, predictor."
     mask_features = self.roi_align(features, rois, self.bins[1], frame, filled)
     mask_logits = predict_masks(self.mask_head, self.mask_predictor, mask_features, filled)
-    self.note(mask_rois=rois, mask_filled=filled, mask_features=mask_features, mask_logits=mask_logits)
+    self.note(mask_rois=rois, mask_filled=filled, mask_features=mask_features,
+              mask_logits=mask_logits)
     return mask_logits
 
 # %% ../nbs/19_mask_rcnn.ipynb #89783ca0h

@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import label as components
 
-from .anchors import nearest_anchor_iou, recommend_anchors
+from .anchor_sizes import nearest_anchor_iou, recommend_anchors
 from .data import (IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict, find_images,
     fit_box, four_numbers, load_json, number, open_data, read_image, read_mask, tight, write_atomic)
 from .nuclei import read_mask as read_mask_file

@@ -47,7 +47,8 @@ def best(
     boxes = F.pad(boxes, (0, 0, 0, missing))
     scores, index = F.pad(scores, (0, missing), value=-torch.inf).topk(n)  # (P,)
     valid = scores > -torch.inf
-    return Proposals(torch.where(valid[:, None], boxes[index], 0.), torch.where(valid, scores, 0.), valid)
+    boxes = torch.where(valid[:, None], boxes[index], 0.)
+    return Proposals(boxes, torch.where(valid, scores, 0.), valid)
 
 # %% ../nbs/10_proposals.ipynb #d64eda3ba
 def propose(

@@ -17,7 +17,7 @@ def shortcut(
     stride: int,  # of the block
     norm,         # normalisation layer
 ) -> nn.Module | None:
-    "How the input reaches the sum: unchanged (None), or through a 1x1 convolution where the shape changes."
+    "How the input reaches the sum: unchanged (None), or through a 1x1 convolution."
     if stride == 1 and n_in == n_out: return None
     return nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), norm(n_out))
 
@@ -78,7 +78,7 @@ def init_conv(module: nn.Module):
 
 # %% ../nbs/04_resnet.ipynb #d167cfdf
 class ResNet(nn.Module):
-    "The bottom-up half of the backbone, with torchvision's names for the weights (ResNet, table 1)."
+    "The bottom-up half of the backbone, with torchvision's names (ResNet, table 1)."
     def __init__(self,
         layers=(3, 4, 6, 3),  # blocks a stage
         bottleneck=True,      # kind of block

@@ -79,14 +79,14 @@ def grid_rows(
     sampling=1,             # points a bin along each side
 ) -> tuple[Tensor, Tensor]: # rows and weights, (N, bins down, bins across, 4 * sampling**2)
     "Which rows of the table the points of each bin sum, and with which weights."
-    start = (height * width).cumsum(0) - height * width                  # (L,) first row of each map
+    start = (height * width).cumsum(0) - height * width                  # (L,) first rows
     rows, wy = neighbours(ys, height[level][:, None])                    # (N, down * sampling, 2)
     cols, wx = neighbours(xs, width[level][:, None])
     first = start[level] + image * (height * width).sum()                # (N,)
     rows = rows * width[level][:, None, None] + first[:, None, None]
     down = lambda t: t.unflatten(1, (size[0], 1, sampling)).flatten(3)[..., None]
     across = lambda t: t.unflatten(1, (1, size[1], sampling)).flatten(3)[:, :, :, None]
-    rows = (down(rows) + across(cols)).flatten(-2)                       # (N, down, across, 4 * sampling**2)
+    rows = (down(rows) + across(cols)).flatten(-2)
     return rows, (down(wy) * across(wx)).flatten(-2) / sampling**2
 
 # %% ../nbs/12_roi_align.ipynb #a9989fedb
@@ -122,11 +122,11 @@ def bin_weights(
     adaptive = (extent / size).ceil().clamp(min=0).nan_to_num(0, 0, 0)
     points = start.new_tensor(sampling) if sampling > 0 else adaptive
     step = extent / size / points
-    near = start + torch.arange(size, device=start.device) * extent / size                    # (size,)
-    first = torch.zeros_like(near)
-    if sampling <= 0: first = ((-1 - near) / step).floor().sub(2).clamp(min=0)  # points inside the map
+    near = start + torch.arange(size, device=start.device) * extent / size                # (size,)
+    first = torch.zeros_like(near)                       # of many points those inside the map only
+    if sampling <= 0: first = ((-1 - near) / step).floor().sub(2).clamp(min=0)
     n = min(int(points), 2 * cells + 8)
-    point = first[:, None] + torch.arange(n, device=start.device)                             # (size, n)
+    point = first[:, None] + torch.arange(n, device=start.device)                         # (size, n)
     position = torch.where(point < points, near[:, None] + (point + 0.5) * step, torch.nan)
     index, weights = neighbours(position, cells)                                              # (size, n, 2)
     weights = weights.flatten(1) / points.clamp(min=1)

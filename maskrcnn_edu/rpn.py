@@ -49,10 +49,12 @@ class RPN(nn.Module):
     ) -> RPNOutput:
         "Ask every anchor. Coordinates stay in full precision whatever the maps are made of."
         objectness, deltas = map(full_precision, self.head(features))          # (B, A), (B, A, 4)
-        sizes = [tuple(f.shape[-2:]) for f in features]
-        anchors = self.make_anchors(frame.size, sizes, self.sizes, self.ratios, device=deltas.device)
+        maps = [tuple(f.shape[-2:]) for f in features]
+        shapes = self.sizes, self.ratios
+        anchors = self.make_anchors(frame.size, maps, *shapes, device=deltas.device)
         per_cell = self.head.cls_logits.out_channels
-        return RPNOutput(anchors, objectness, deltas, tuple(h * w * per_cell for h, w in sizes), frame)
+        counts = tuple(h * w * per_cell for h, w in maps)
+        return RPNOutput(anchors, objectness, deltas, counts, frame)
 
 # %% ../nbs/11_rpn.ipynb #75d2da80b
 @patch
@@ -84,6 +86,7 @@ def propose(self: RPN,
 ) -> Proposals:      # boxes (B, P, 4), scores (B, P), valid (B, P)
     "The best places; no gradient flows through them."
     def one(objectness, deltas, frame):
-        return self.propose_one(objectness, deltas, out.anchors, out.level_sizes, frame, n_pre, n_post)
+        levels = out.anchors, out.level_sizes
+        return self.propose_one(objectness, deltas, *levels, frame, n_pre, n_post)
     each = torch.vmap(one, in_dims=(0, 0, EACH_FRAME))
     return each(out.objectness.detach(), out.deltas.detach(), out.frame)

@@ -97,7 +97,7 @@ def rpn_targets(
     boxes: Tensor,           # (G, 4)
     gt_labels: Tensor,       # (G,) 0 = empty slot
     noise: Tensor,           # (A,) in 0..1
-    frame: Frame,            # where the image lies; an anchor over its border takes part like any other
+    frame: Frame,            # of the image; anchors over its border take part like all others
     n_sample=256,            # anchors that take part in the loss
     positive_fraction=0.5,   # at most this part of them positive
     positive_iou=0.7,        # at least this is an object

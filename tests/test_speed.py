@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from maskrcnn_edu import head_targets
 from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import make_shapes
-from maskrcnn_edu.head_targets import align_masks, crop_masks
+from maskrcnn_edu.head_targets import crop_masks
 from maskrcnn_edu.learner import to_slots
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, used_slots
 from maskrcnn_edu.resnet import ResNet, fold_norms

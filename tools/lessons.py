@@ -26,7 +26,8 @@ def read(path):
     return [dict(c, source=''.join(c['source'])) for c in cells]
 
 def directives(source):
-    "Lines like `#| name value` at the top of a code cell."
+    "Lines like `#| name value` at the top of a code cell; one that is indented goes on with the last."
+    source = re.sub(r'\n#\|[ \t]{3,}', ' ', source)
     return dict((m[1], m[2].strip()) for m in re.finditer(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', source, re.M))
 
 def plain(code):

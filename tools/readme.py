@@ -18,7 +18,7 @@ def from_root(markdown):
 
 def option(code, name):
     "Value of a `#| name: value` line."
-    found = re.search(rf'^#\| {name}: (.*)$', code, re.M)
+    found = re.search(rf'^#\| {name}: (.*)$', re.sub(r'\n#\|[ \t]{3,}', ' ', code), re.M)
     return found[1] if found else None
 
 def output(out, code, pictures):

@@ -212,4 +212,5 @@ def as_objects(
     return replace(found, boxes=found.boxes + last.cpu().numpy())
 
 
-ABOVE_HALF = float(np.nextafter(np.float32(.5), np.float32(1)))   # more than one half, not equal to it
+# more than one half, not equal to it
+ABOVE_HALF = float(np.nextafter(np.float32(.5), np.float32(1)))

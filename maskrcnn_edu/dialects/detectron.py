@@ -98,7 +98,8 @@ def assign_anchors(
     boxes = shift_far_corner(boxes, 1 - pixel(frame))
     window = frame.window.round()
     inside = (anchors[:, :2] >= window[:2]).all(1) & (anchors[:, 2:] <= window[2:]).all(1)   # (A,)
-    overlap = box_iou(anchors, boxes)                                                        # (A, G)
+    # (A, G)
+    overlap = box_iou(anchors, boxes)
     iou = torch.where((gt_labels > 0) & inside[:, None], overlap, -1.)
     index, labels = match(iou, positive_iou, negative_iou)
     unclear = ~inside | (labels == 0) & near_crowd(overlap, gt_labels)
@@ -277,8 +278,12 @@ def benchmark_parts(config) -> Parts:
     own = dict(pixel=input_pixel, limit=float)
     return parts(config)._replace(
         assign_anchors=partial(assign_anchors, pixel=input_pixel),
-        propose=partial(propose, window_of=of_window, sorting=(rank_like_torch, collect_like_torch), **own),
-        roi_align=partial(roi_align, pixel=input_pixel), detect=partial(detect, **own))
+        propose=partial(
+            propose, window_of=of_window, sorting=(rank_like_torch, collect_like_torch), **own
+        ),
+        roi_align=partial(roi_align, pixel=input_pixel),
+        detect=partial(detect, **own),
+    )
 
 # %% ../../nbs/53_detectron.ipynb #53d00013
 def resize_exactly(
@@ -310,38 +315,111 @@ def restore(boxes, labels, scores, masks, frame, size, config, min_score=0.):
     return as_objects(boxes, labels, scores, masks, size, config, min_score, longer=1., threshold=ABOVE_HALF)
 
 # %% ../../nbs/53_detectron.ipynb #53d00014
-FOLDED = ('_momentum', 'lr', 'conv1_b', 'fc1000_w', 'fc1000_b', 'branch1_b', 'branch2a_b', 'branch2b_b', 'branch2c_b')
-NAMES = Names('conv_rpn_fpn2_w', body_names(
-    'conv1', 'res_conv1_bn', 'res{stage}_{block}_branch{branch}', 'res{stage}_{block}_branch{branch}_bn',
-    'res{stage}_{block}_branch1', 'res{stage}_{block}_branch1_bn',
-    'fpn_inner_res{level}_{last}_sum_lateral', 'fpn_inner_res{level}_{last}_sum', 'fpn_res{level}_{last}_sum')
-    | head_names('conv_rpn_fpn2', 'rpn_cls_logits_fpn2', 'rpn_bbox_pred_fpn2', 'fc6', 'fc7', 'cls_score',
-                 'bbox_pred', '_[mask]_fcn{k}', 'conv5_mask', 'mask_fcn_logits'),
-    ('_w', '_b'), ('_s', '_b'), bgr=True, ignored=FOLDED)
-PYTORCH_NAMES = Names('RPN.FPN_RPN_conv.weight', body_names(
-    'Conv_Body.conv_body.res1.conv1', 'Conv_Body.conv_body.res1.bn1',
-    'Conv_Body.conv_body.res{stage}.{block}.conv{k}', 'Conv_Body.conv_body.res{stage}.{block}.bn{k}',
-    'Conv_Body.conv_body.res{stage}.{block}.downsample.0', 'Conv_Body.conv_body.res{stage}.{block}.downsample.1',
-    'Conv_Body.topdown_lateral_modules.{lateral}.conv_lateral', 'Conv_Body.conv_top',
-    'Conv_Body.posthoc_modules.{down}') | head_names(
-    'RPN.FPN_RPN_conv', 'RPN.FPN_RPN_cls_score', 'RPN.FPN_RPN_bbox_pred', 'Box_Head.fc1', 'Box_Head.fc2',
-    'Box_Outs.cls_score', 'Box_Outs.bbox_pred', 'Mask_Head.conv_fcn.{even}', 'Mask_Head.upconv',
-    'Mask_Outs.classify'), norm=('.weight', '.bias'), bgr=True)
+FOLDED = (
+    '_momentum',
+    'lr',
+    'conv1_b',
+    'fc1000_w',
+    'fc1000_b',
+    'branch1_b',
+    'branch2a_b',
+    'branch2b_b',
+    'branch2c_b',
+)
+NAMES = Names(
+    'conv_rpn_fpn2_w',
+    body_names(
+        'conv1',
+        'res_conv1_bn',
+        'res{stage}_{block}_branch{branch}',
+        'res{stage}_{block}_branch{branch}_bn',
+        'res{stage}_{block}_branch1',
+        'res{stage}_{block}_branch1_bn',
+        'fpn_inner_res{level}_{last}_sum_lateral',
+        'fpn_inner_res{level}_{last}_sum',
+        'fpn_res{level}_{last}_sum',
+    )
+    | head_names(
+        'conv_rpn_fpn2',
+        'rpn_cls_logits_fpn2',
+        'rpn_bbox_pred_fpn2',
+        'fc6',
+        'fc7',
+        'cls_score',
+        'bbox_pred',
+        '_[mask]_fcn{k}',
+        'conv5_mask',
+        'mask_fcn_logits',
+    ),
+    ('_w', '_b'),
+    ('_s', '_b'),
+    bgr=True,
+    ignored=FOLDED,
+)
+PYTORCH_NAMES = Names(
+    'RPN.FPN_RPN_conv.weight',
+    body_names(
+        'Conv_Body.conv_body.res1.conv1',
+        'Conv_Body.conv_body.res1.bn1',
+        'Conv_Body.conv_body.res{stage}.{block}.conv{k}',
+        'Conv_Body.conv_body.res{stage}.{block}.bn{k}',
+        'Conv_Body.conv_body.res{stage}.{block}.downsample.0',
+        'Conv_Body.conv_body.res{stage}.{block}.downsample.1',
+        'Conv_Body.topdown_lateral_modules.{lateral}.conv_lateral',
+        'Conv_Body.conv_top',
+        'Conv_Body.posthoc_modules.{down}',
+    )
+    | head_names(
+        'RPN.FPN_RPN_conv',
+        'RPN.FPN_RPN_cls_score',
+        'RPN.FPN_RPN_bbox_pred',
+        'Box_Head.fc1',
+        'Box_Head.fc2',
+        'Box_Outs.cls_score',
+        'Box_Outs.bbox_pred',
+        'Mask_Head.conv_fcn.{even}',
+        'Mask_Head.upconv',
+        'Mask_Outs.classify',
+    ),
+    norm=('.weight', '.bias'),
+    bgr=True,
+)
 
 # %% ../../nbs/53_detectron.ipynb #53d00015
-BENCHMARK_NAMES = Names('roi_heads.box.predictor.cls_score.weight', body_names(
-    'backbone.body.stem.conv1', 'backbone.body.stem.bn1', 'backbone.body.layer{n}.{block}.conv{k}',
-    'backbone.body.layer{n}.{block}.bn{k}', 'backbone.body.layer{n}.{block}.downsample.0',
-    'backbone.body.layer{n}.{block}.downsample.1', 'backbone.fpn.fpn_inner{n}', 'backbone.fpn.fpn_inner{n}',
-    'backbone.fpn.fpn_layer{n}') | head_names(
-    'rpn.head.conv', 'rpn.head.cls_logits', 'rpn.head.bbox_pred', 'roi_heads.box.feature_extractor.fc6',
-    'roi_heads.box.feature_extractor.fc7', 'roi_heads.box.predictor.cls_score',
-    'roi_heads.box.predictor.bbox_pred', 'roi_heads.mask.feature_extractor.mask_fcn{k}',
-    'roi_heads.mask.predictor.conv5_mask', 'roi_heads.mask.predictor.mask_fcn_logits'),
-    eps=0., bgr=True, ignored=('num_batches_tracked', 'rpn.anchor_generator.'))
+BENCHMARK_NAMES = Names(
+    'roi_heads.box.predictor.cls_score.weight',
+    body_names(
+        'backbone.body.stem.conv1',
+        'backbone.body.stem.bn1',
+        'backbone.body.layer{n}.{block}.conv{k}',
+        'backbone.body.layer{n}.{block}.bn{k}',
+        'backbone.body.layer{n}.{block}.downsample.0',
+        'backbone.body.layer{n}.{block}.downsample.1',
+        'backbone.fpn.fpn_inner{n}',
+        'backbone.fpn.fpn_inner{n}',
+        'backbone.fpn.fpn_layer{n}',
+    )
+    | head_names(
+        'rpn.head.conv',
+        'rpn.head.cls_logits',
+        'rpn.head.bbox_pred',
+        'roi_heads.box.feature_extractor.fc6',
+        'roi_heads.box.feature_extractor.fc7',
+        'roi_heads.box.predictor.cls_score',
+        'roi_heads.box.predictor.bbox_pred',
+        'roi_heads.mask.feature_extractor.mask_fcn{k}',
+        'roi_heads.mask.predictor.conv5_mask',
+        'roi_heads.mask.predictor.mask_fcn_logits',
+    ),
+    eps=0.0,
+    bgr=True,
+    ignored=('num_batches_tracked', 'rpn.anchor_generator.'),
+)
 
 CONFIG = COCO.change(backbone=grey_levels(122.7717, 115.9465, 102.9801), head=dict(beta=1.))
 DETECTRON = Dialect('detectron', 'Detectron', CONFIG, NAMES, parts, prepare, restore, modules)
-DETECTRON_PYTORCH = replace(DETECTRON, name='detectron_pytorch', title='Detectron.pytorch', names=PYTORCH_NAMES)
+DETECTRON_PYTORCH = replace(
+    DETECTRON, name='detectron_pytorch', title='Detectron.pytorch', names=PYTORCH_NAMES
+)
 MASKRCNN_BENCHMARK = replace(DETECTRON, name='maskrcnn_benchmark', title='maskrcnn-benchmark',
                              names=BENCHMARK_NAMES, parts=benchmark_parts, prepare=prepare_bytes)

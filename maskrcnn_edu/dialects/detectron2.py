@@ -112,19 +112,40 @@ def modules(model):
     halve_in_1x1(model.backbone.body)
 
 # %% ../../nbs/52_detectron2.ipynb #52d00006
-NAMES = Names('proposal_generator.rpn_head.conv.weight', body_names(
-    'backbone.bottom_up.stem.conv1', 'backbone.bottom_up.stem.conv1.norm',
-    'backbone.bottom_up.res{stage}.{block}.conv{k}', 'backbone.bottom_up.res{stage}.{block}.conv{k}.norm',
-    'backbone.bottom_up.res{stage}.{block}.shortcut',
-    'backbone.bottom_up.res{stage}.{block}.shortcut.norm',
-    'backbone.fpn_lateral{level}', 'backbone.fpn_lateral{level}', 'backbone.fpn_output{level}')
+NAMES = Names(
+    'proposal_generator.rpn_head.conv.weight',
+    body_names(
+        'backbone.bottom_up.stem.conv1',
+        'backbone.bottom_up.stem.conv1.norm',
+        'backbone.bottom_up.res{stage}.{block}.conv{k}',
+        'backbone.bottom_up.res{stage}.{block}.conv{k}.norm',
+        'backbone.bottom_up.res{stage}.{block}.shortcut',
+        'backbone.bottom_up.res{stage}.{block}.shortcut.norm',
+        'backbone.fpn_lateral{level}',
+        'backbone.fpn_lateral{level}',
+        'backbone.fpn_output{level}',
+    )
     | head_names(
-    'proposal_generator.rpn_head.conv', 'proposal_generator.rpn_head.objectness_logits',
-    'proposal_generator.rpn_head.anchor_deltas', 'roi_heads.box_head.fc1', 'roi_heads.box_head.fc2',
-    'roi_heads.box_predictor.cls_score', 'roi_heads.box_predictor.bbox_pred',
-    'roi_heads.mask_head.mask_fcn{k}', 'roi_heads.mask_head.deconv', 'roi_heads.mask_head.predictor'),
-    bgr=True, background_last=True,
-    ignored=('num_batches_tracked', 'pixel_mean', 'pixel_std', 'proposal_generator.anchor_generator.'))
+        'proposal_generator.rpn_head.conv',
+        'proposal_generator.rpn_head.objectness_logits',
+        'proposal_generator.rpn_head.anchor_deltas',
+        'roi_heads.box_head.fc1',
+        'roi_heads.box_head.fc2',
+        'roi_heads.box_predictor.cls_score',
+        'roi_heads.box_predictor.bbox_pred',
+        'roi_heads.mask_head.mask_fcn{k}',
+        'roi_heads.mask_head.deconv',
+        'roi_heads.mask_head.predictor',
+    ),
+    bgr=True,
+    background_last=True,
+    ignored=(
+        'num_batches_tracked',
+        'pixel_mean',
+        'pixel_std',
+        'proposal_generator.anchor_generator.',
+    ),
+)
 
 CONFIG = COCO.change(backbone=grey_levels(123.675, 116.28, 103.53),
                      rpn=dict(n_post=1000, min_size=1e-30, beta=0.),

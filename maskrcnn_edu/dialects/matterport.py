@@ -101,7 +101,8 @@ def assign_anchors(
     if len(boxes): labels = torch.where(best(iou).any(1), 1, labels)
     labels = torch.where((labels == 0) & near_crowd(overlap, gt_labels), -1, labels)
     labels = sample_anchors(labels, noise, n_sample, positive_fraction)
-    if len(boxes) == 0: return RPNTargets(labels, anchors.new_zeros(anchors.shape, dtype=boxes.dtype))
+    if len(boxes) == 0:
+        return RPNTargets(labels, anchors.new_zeros(anchors.shape, dtype=boxes.dtype))
     return RPNTargets(labels, encode(exact[index], anchors, WEIGHTS).to(boxes.dtype))
 
 # %% ../../nbs/54_matterport.ipynb #54d00005
@@ -111,8 +112,10 @@ def rpn_loss(objectness, deltas, labels, target_deltas, beta=1.) -> dict[str, Te
     wanted = positive.to(objectness.dtype)
     coin = F.binary_cross_entropy_with_logits(objectness, wanted, reduction='none')
     box = F.smooth_l1_loss(deltas, target_deltas, beta=beta, reduction='none').sum(-1)  # (B, A)
-    return dict(loss_objectness=torch.where(sampled, coin, 0.).sum() / sampled.sum().clamp(min=1),
-                loss_rpn_box_reg=torch.where(positive, box, 0.).sum() / (4 * positive.sum().clamp(min=1)))
+    return dict(
+        loss_objectness=torch.where(sampled, coin, 0.0).sum() / sampled.sum().clamp(min=1),
+        loss_rpn_box_reg=torch.where(positive, box, 0.0).sum() / (4 * positive.sum().clamp(min=1)),
+    )
 
 
 def mean_box_loss(
@@ -211,7 +214,8 @@ def sample_rois(
     noise = F.pad(noise[:len(proposals)], (0, missing))
     index, chosen = choose_rois(every.labels, noise, n_rois, int(n_rois * positive_fraction))
     labels = torch.where(chosen, every.labels[index], -1)
-    negatives = 1 / positive_fraction - 1                                                # for each positive
+    # for each positive
+    negatives = 1 / positive_fraction - 1
     room = ((labels > 0).sum() * (negatives + 1)).long()
     slot = torch.arange(n_rois, device=labels.device)
     return Sampled(candidates[index], torch.where(slot < room, labels, -1), every.matched[index])
@@ -262,7 +266,9 @@ def head_targets(
     size = masks.shape[-2:]
     parts = units(rois, size)
     deltas = encode(units(boxes, size)[matched], parts, weights)                         # (R, 4)
-    return HeadTargets(rois, labels, deltas, crop(masks, matched[:n_masks], parts[:n_masks], mask_size))
+    return HeadTargets(
+        rois, labels, deltas, crop(masks, matched[:n_masks], parts[:n_masks], mask_size)
+    )
 
 # %% ../../nbs/54_matterport.ipynb #54d00011
 def nearest_level(
@@ -289,10 +295,12 @@ def crop_and_resize(
 ) -> Tensor:                 # (B, R, C, S, S)
     "One point a bin, the outer ones on the edges of the box, in place of ROIAlign."
     if filled is None: filled = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-    image, part = filled.nonzero()[:, 0], units(boxes.detach(), frame.size)[filled]      # (N,), (N, 4)
+    # (N,), (N, 4)
+    image, part = filled.nonzero()[:, 0], units(boxes.detach(), frame.size)[filled]
     side = numbers([frame.size[1], frame.size[0]] * 2, part)
     level = nearest_level(part * side, len(features), canonical_size)                    # (N,)
-    height, width = torch.tensor([f.shape[-2:] for f in features], device=boxes.device).unbind(1)   # (L,)
+    # (L,)
+    height, width = torch.tensor([f.shape[-2:] for f in features], device=boxes.device).unbind(1)
     x1, y1, x2, y2 = part.unbind(1)
     ys, xs = crop_points(y1, y2, size, height[level]), crop_points(x1, x2, size, width[level])
     rows, weights = grid_rows(ys, xs, image, level, height, width, (size, size))
@@ -315,8 +323,10 @@ def detect(
     "The best class of each proposal, decoded and suppressed in units."
     scores, alive = best_class_only(class_logits, valid, min_score)
     units = to_units(proposals, frame.size)
-    boxes = decode(box_deltas[:, 1:], units[:, None], weights, math.inf)                 # (P, K-1, 4)
-    boxes = clip(boxes, to_units(frame.window, frame.size)).transpose(0, 1)              # (K-1, P, 4)
+    # (P, K-1, 4)
+    boxes = decode(box_deltas[:, 1:], units[:, None], weights, math.inf)
+    # (K-1, P, 4)
+    boxes = clip(boxes, to_units(frame.window, frame.size)).transpose(0, 1)
     scores = torch.where(alive & has_size(boxes, min_size), scores, -torch.inf)
     scores = torch.where(nms_keep(boxes, scores, nms_iou), scores, -torch.inf)
     found = best_detections(boxes, scores, n_detections)
@@ -330,8 +340,10 @@ def port_detect(
 ) -> Detected:
     "The same on boxes rounded to whole pixels, with the port's NMS."
     scores, alive = best_class_only(class_logits, valid, min_score)
-    boxes = decode(box_deltas[:, 1:], proposals[:, None], weights, math.inf)             # (P, K-1, 4)
-    boxes = clip(boxes, frame.window).transpose(0, 1).round()                            # (K-1, P, 4)
+    # (P, K-1, 4)
+    boxes = decode(box_deltas[:, 1:], proposals[:, None], weights, math.inf)
+    # (K-1, P, 4)
+    boxes = clip(boxes, frame.window).transpose(0, 1).round()
     scores = torch.where(alive & has_size(boxes, min_size), scores, -torch.inf)
     keep = nms_keep(longer(boxes), scores, just_below(nms_iou))
     return best_detections(boxes, torch.where(keep, scores, -torch.inf), n_detections)
@@ -360,7 +372,8 @@ def clipped_entropy(
 ) -> Tensor:         # (...)
     "Binary cross-entropy as Keras with TensorFlow computes it."
     low, high = p.new_tensor(least), p.new_tensor(1 - least)
-    p = torch.where(p < low, low, torch.where(p > high, high, p))   # `clamp` has no slope at the bound
+    # `clamp` has no slope at the bound
+    p = torch.where(p < low, low, torch.where(p > high, high, p))
     return -(target * (p + least).log() + (1 - target) * ((1 + least) - p).log())
 
 
@@ -381,9 +394,14 @@ def parts(config) -> Parts:
 def port_parts(config) -> Parts:
     "Those of its PyTorch port."
     return parts(config)._replace(
-        assign_anchors=partial(assign_anchors, best=first_of_each_object), propose=port_propose,
-        sample_rois=partial(sample_rois, by=0.), head_targets=partial(head_targets, units=to_shares), mask_loss=Parts().mask_loss,
-        roi_align=partial(crop_and_resize, units=to_shares), detect=port_detect)
+        assign_anchors=partial(assign_anchors, best=first_of_each_object),
+        propose=port_propose,
+        sample_rois=partial(sample_rois, by=0.0),
+        head_targets=partial(head_targets, units=to_shares),
+        mask_loss=Parts().mask_loss,
+        roi_align=partial(crop_and_resize, units=to_shares),
+        detect=port_detect,
+    )
 
 
 def modules(model: MaskRCNN):
@@ -409,7 +427,9 @@ def prepare(image, model, resize, short_side=800, long_side=1024):
 
 def resize_truncated(image, size):
     "scikit-image, with the digits behind the point cut off."
-    out = transform.resize(image, size, order=1, mode='constant', preserve_range=True, anti_aliasing=False)
+    out = transform.resize(
+        image, size, order=1, mode='constant', preserve_range=True, anti_aliasing=False
+    )
     return out.astype(np.uint8)
 
 
@@ -418,8 +438,10 @@ def resize_pillow(image, size):
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.BILINEAR))
 
 
-def in_matterport(image, model, levels=None, **sides): return prepare(image, model, resize_truncated, **sides)
-def in_port(image, model, levels=None, **sides): return prepare(image, model, resize_pillow, **sides)
+def in_matterport(image, model, levels=None, **sides):
+    return prepare(image, model, resize_truncated, **sides)
+def in_port(image, model, levels=None, **sides):
+    return prepare(image, model, resize_pillow, **sides)
 
 # %% ../../nbs/54_matterport.ipynb #54d00016
 def restore(boxes, labels, scores, masks, frame, size, config, min_score=0.):
@@ -448,14 +470,41 @@ def port_restore(boxes, labels, scores, masks, frame, size, config, min_score=0.
     return as_objects(boxes, labels, scores, masks, size, config, min_score, paste=stretched_crop)
 
 # %% ../../nbs/54_matterport.ipynb #54d00017
-PORT_NAMES = Names('rpn.conv_shared.weight', body_names(
-    'fpn.C1.0', 'fpn.C1.1', 'fpn.C{stage}.{block}.conv{k}', 'fpn.C{stage}.{block}.bn{k}',
-    'fpn.C{stage}.{block}.downsample.0', 'fpn.C{stage}.{block}.downsample.1', 'fpn.P{level}_conv1',
-    'fpn.P{level}_conv1', 'fpn.P{level}_conv2.1') | head_names(
-    'rpn.conv_shared', 'rpn.conv_class', 'rpn.conv_bbox', 'classifier.conv1', 'classifier.conv2',
-    'classifier.linear_class', 'classifier.linear_bbox', 'mask.conv{k}', 'mask.deconv', 'mask.conv5')
-    | {'box_head.fc6_norm': 'classifier.bn1', 'box_head.fc7_norm': 'classifier.bn2', 'mask_conv_norm': 'mask.bn{k}'},
-    eps=1e-3, biased=True, pairs=True, yx=True)
+PORT_NAMES = Names(
+    'rpn.conv_shared.weight',
+    body_names(
+        'fpn.C1.0',
+        'fpn.C1.1',
+        'fpn.C{stage}.{block}.conv{k}',
+        'fpn.C{stage}.{block}.bn{k}',
+        'fpn.C{stage}.{block}.downsample.0',
+        'fpn.C{stage}.{block}.downsample.1',
+        'fpn.P{level}_conv1',
+        'fpn.P{level}_conv1',
+        'fpn.P{level}_conv2.1',
+    )
+    | head_names(
+        'rpn.conv_shared',
+        'rpn.conv_class',
+        'rpn.conv_bbox',
+        'classifier.conv1',
+        'classifier.conv2',
+        'classifier.linear_class',
+        'classifier.linear_bbox',
+        'mask.conv{k}',
+        'mask.deconv',
+        'mask.conv5',
+    )
+    | {
+        'box_head.fc6_norm': 'classifier.bn1',
+        'box_head.fc7_norm': 'classifier.bn2',
+        'mask_conv_norm': 'mask.bn{k}',
+    },
+    eps=1e-3,
+    biased=True,
+    pairs=True,
+    yx=True,
+)
 
 
 def twice(names: dict) -> dict:
@@ -463,22 +512,62 @@ def twice(names: dict) -> dict:
     return {k: v if '/' in v else f'{v}/{v}' for k, v in names.items()}
 
 # %% ../../nbs/54_matterport.ipynb #54d00018
-NAMES = Names('rpn_model/rpn_conv_shared/kernel:0', twice(body_names(
-    'conv1', 'bn_conv1', 'res{stage}{letter}_branch{branch}', 'bn{stage}{letter}_branch{branch}',
-    'res{stage}{letter}_branch1', 'bn{stage}{letter}_branch1', 'fpn_c{level}p{level}', 'fpn_c{level}p{level}',
-    'fpn_p{level}') | head_names(
-    'rpn_model/rpn_conv_shared', 'rpn_model/rpn_class_raw', 'rpn_model/rpn_bbox_pred', 'mrcnn_class_conv1',
-    'mrcnn_class_conv2', 'mrcnn_class_logits', 'mrcnn_bbox_fc', 'mrcnn_mask_conv{k}', 'mrcnn_mask_deconv', 'mrcnn_mask')
-    | {'box_head.fc6_norm': 'mrcnn_class_bn1', 'box_head.fc7_norm': 'mrcnn_class_bn2', 'mask_conv_norm': 'mrcnn_mask_bn{k}'}),
-    ('/kernel:0', '/bias:0'), ('/gamma:0', '/beta:0', '/moving_mean:0', '/moving_variance:0'),
-    ignored=('Variable:0',), eps=1e-3, biased=True, pairs=True, yx=True)
+NAMES = Names(
+    'rpn_model/rpn_conv_shared/kernel:0',
+    twice(
+        body_names(
+            'conv1',
+            'bn_conv1',
+            'res{stage}{letter}_branch{branch}',
+            'bn{stage}{letter}_branch{branch}',
+            'res{stage}{letter}_branch1',
+            'bn{stage}{letter}_branch1',
+            'fpn_c{level}p{level}',
+            'fpn_c{level}p{level}',
+            'fpn_p{level}',
+        )
+        | head_names(
+            'rpn_model/rpn_conv_shared',
+            'rpn_model/rpn_class_raw',
+            'rpn_model/rpn_bbox_pred',
+            'mrcnn_class_conv1',
+            'mrcnn_class_conv2',
+            'mrcnn_class_logits',
+            'mrcnn_bbox_fc',
+            'mrcnn_mask_conv{k}',
+            'mrcnn_mask_deconv',
+            'mrcnn_mask',
+        )
+        | {
+            'box_head.fc6_norm': 'mrcnn_class_bn1',
+            'box_head.fc7_norm': 'mrcnn_class_bn2',
+            'mask_conv_norm': 'mrcnn_mask_bn{k}',
+        }
+    ),
+    ('/kernel:0', '/bias:0'),
+    ('/gamma:0', '/beta:0', '/moving_mean:0', '/moving_variance:0'),
+    ignored=('Variable:0',),
+    eps=1e-3,
+    biased=True,
+    pairs=True,
+    yx=True,
+)
 
 PORT_CONFIG = COCO.change(
     backbone=dict(layers=(3, 4, 23, 3), **grey_levels(123.7, 116.8, 103.9)),
     rpn=dict(ratios=(2., 1., .5), beta=1., n_pre=6000, n_pre_predict=6000),
     head=dict(n_rois=200, positive_fraction=.33, beta=1.), detection=dict(min_score=.7, nms_iou=.3))
 CONFIG = PORT_CONFIG.change(head=dict(aligned=True))
-MULTIMODAL = Dialect('multimodal', 'pytorch-mask-rcnn', PORT_CONFIG, PORT_NAMES, port_parts, in_port,
-                     port_restore, modules, long_side=1024)
+MULTIMODAL = Dialect(
+    'multimodal',
+    'pytorch-mask-rcnn',
+    PORT_CONFIG,
+    PORT_NAMES,
+    port_parts,
+    in_port,
+    port_restore,
+    modules,
+    long_side=1024,
+)
 MATTERPORT = replace(MULTIMODAL, name='matterport', title='Matterport', config=CONFIG, names=NAMES,
                      parts=parts, prepare=in_matterport, restore=restore)

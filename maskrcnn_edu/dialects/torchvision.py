@@ -49,7 +49,9 @@ class ConvBoxHead(nn.Module):
         convs=4,        # 3x3 convolutions
     ):
         super().__init__()
-        layer = lambda: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True))
+        layer = lambda: nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)
+        )
         self.convs = nn.Sequential(*[layer() for _ in range(convs)])
         self.fc6 = nn.Linear(channels * size**2, hidden)
 
@@ -84,13 +86,24 @@ PUBLISHED_NAMES = Names('roi_heads.mask_head.mask_fcn1.weight', NAMES.layers | {
     'mask_conv': 'roi_heads.mask_head.mask_fcn{k}'})
 
 # %% ../../nbs/51_torchvision.ipynb #51d00006
-V2_NAMES = Names('rpn.head.conv.1.0.weight', {k: n for k, n in NAMES.layers.items() if k != 'box_head.fc7'} | {
-    'inner_norm': 'backbone.fpn.inner_blocks.{i}.1', 'top_norm': 'backbone.fpn.inner_blocks.{i}.1',
-    'layer_norm': 'backbone.fpn.layer_blocks.{i}.1', 'rpn.head.conv.1.0': 'rpn.head.conv.1.0',
-    'box_conv': 'roi_heads.box_head.{i}.0', 'box_conv_norm': 'roi_heads.box_head.{i}.1',
-    'box_head.fc6': 'roi_heads.box_head.5', 'mask_conv_norm': 'roi_heads.mask_head.{i}.1'})
+V2_NAMES = Names(
+    'rpn.head.conv.1.0.weight',
+    {k: n for k, n in NAMES.layers.items() if k != 'box_head.fc7'}
+    | {
+        'inner_norm': 'backbone.fpn.inner_blocks.{i}.1',
+        'top_norm': 'backbone.fpn.inner_blocks.{i}.1',
+        'layer_norm': 'backbone.fpn.layer_blocks.{i}.1',
+        'rpn.head.conv.1.0': 'rpn.head.conv.1.0',
+        'box_conv': 'roi_heads.box_head.{i}.0',
+        'box_conv_norm': 'roi_heads.box_head.{i}.1',
+        'box_head.fc6': 'roi_heads.box_head.5',
+        'mask_conv_norm': 'roi_heads.mask_head.{i}.1',
+    },
+)
 
-CONFIG = COCO.change(rpn=dict(min_size=RPNConfig.min_size), detection=dict(min_size=DetectionConfig.min_size))
+CONFIG = COCO.change(
+    rpn=dict(min_size=RPNConfig.min_size), detection=dict(min_size=DetectionConfig.min_size)
+)
 TORCHVISION = Dialect('torchvision', 'torchvision', CONFIG, NAMES, parts, prepare, restore)
 TORCHVISION_PUBLISHED = replace(TORCHVISION, names=PUBLISHED_NAMES)
 TORCHVISION_V2 = replace(TORCHVISION, name='torchvision_v2', title='torchvision v2', names=V2_NAMES,
