@@ -1,5 +1,6 @@
 "Other programs' checkpoints in our model: at every stage the numbers that those programs recorded. `pytest tests/test_oracles.py --oracles DIR`."
 import importlib.util, json
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from maskrcnn_edu.anchors import window_anchors
-from maskrcnn_edu.boxes import denormalise, normalise
+from pycocotools import mask as coco_mask
+
+from maskrcnn_edu.boxes import full_frame
 from maskrcnn_edu.checkpoints import SYSTEMS, WeightsError, read_file, translate
-from maskrcnn_edu.head_targets import HeadTargets, corner_masks, polygon_masks, within
-from maskrcnn_edu.learner import placed, predict_instances
+from maskrcnn_edu.dialects import detectron, detectron2, matterport
+from maskrcnn_edu.dialects.base import shift_far_corner
+from maskrcnn_edu.head_targets import HeadTargets
+from maskrcnn_edu.learner import predict_instances
 from maskrcnn_edu.mask_rcnn import MaskRCNN
-from maskrcnn_edu.nms import suppress
-from maskrcnn_edu.roi_align import roi_level
-from maskrcnn_edu.rpn_loss import rpn_loss
+from maskrcnn_edu.nms import nms_keep
 from maskrcnn_edu.rpn_targets import RPNTargets
 
 STAGES = 1e-4       # of an array's largest magnitude
@@ -41,16 +43,32 @@ def recipe(file):
 def numbers(system, c):
     "What the recording's configuration has otherwise than its makers published."
     if system == 'detectron2':
-        heads, size = c['ROI_HEADS'], c['INPUT']
-        return dict(short_side=size['MIN_SIZE_TEST'], long_side=size['MAX_SIZE_TEST'], min_score=heads['SCORE_THRESH_TEST'], nms_iou=heads['NMS_THRESH_TEST'],
-                    rpn_nms_iou=c['RPN']['NMS_THRESH'], n_pre_predict=c['RPN']['PRE_NMS_TOPK_TEST'], n_post_predict=c['RPN']['POST_NMS_TOPK_TEST'],
-                    n_detections=c['TEST']['DETECTIONS_PER_IMAGE'])
+        heads, rpn, size = c['ROI_HEADS'], c['RPN'], c['INPUT']
+        return dict(short_side=size['MIN_SIZE_TEST'], long_side=size['MAX_SIZE_TEST'],
+                    rpn=dict(nms_iou=rpn['NMS_THRESH'], n_pre_predict=rpn['PRE_NMS_TOPK_TEST'], n_post_predict=rpn['POST_NMS_TOPK_TEST']),
+                    detection=dict(min_score=heads['SCORE_THRESH_TEST'], nms_iou=heads['NMS_THRESH_TEST'], n_detections=c['TEST']['DETECTIONS_PER_IMAGE']))
     if system.startswith('detectron'):
         t = c['TEST']
-        return dict(short_side=t['SCALE'], long_side=t['MAX_SIZE'], min_score=t['SCORE_THRESH'], nms_iou=t['NMS'], rpn_nms_iou=t['RPN_NMS_THRESH'],
-                    n_pre_predict=t['RPN_PRE_NMS_TOP_N'], n_post_predict=t['RPN_POST_NMS_TOP_N'], n_detections=t['DETECTIONS_PER_IM'])
-    return dict(sizes=tuple((s,) for s in c['RPN_ANCHOR_SCALES']), short_side=c['IMAGE_MIN_DIM'], long_side=c['IMAGE_MAX_DIM'], min_score=c['DETECTION_MIN_CONFIDENCE'], nms_iou=c['DETECTION_NMS_THRESHOLD'],
-                rpn_nms_iou=c['RPN_NMS_THRESHOLD'], n_post_predict=c['POST_NMS_ROIS_INFERENCE'], n_detections=c['DETECTION_MAX_INSTANCES'])
+        return dict(short_side=t['SCALE'], long_side=t['MAX_SIZE'],
+                    rpn=dict(nms_iou=t['RPN_NMS_THRESH'], n_pre_predict=t['RPN_PRE_NMS_TOP_N'], n_post_predict=t['RPN_POST_NMS_TOP_N']),
+                    detection=dict(min_score=t['SCORE_THRESH'], nms_iou=t['NMS'], n_detections=t['DETECTIONS_PER_IM']))
+    return dict(short_side=c['IMAGE_MIN_DIM'], long_side=c['IMAGE_MAX_DIM'],
+                rpn=dict(sizes=tuple((s,) for s in c['RPN_ANCHOR_SCALES']), nms_iou=c['RPN_NMS_THRESHOLD'], n_post_predict=c['POST_NMS_ROIS_INFERENCE']),
+                detection=dict(min_score=c['DETECTION_MIN_CONFIDENCE'], nms_iou=c['DETECTION_NMS_THRESHOLD'], n_detections=c['DETECTION_MAX_INSTANCES']))
+
+
+def within(rois, boxes):
+    "Rois (M, 4) as parts of boxes (M, 4): for masks that are kept as small pictures of their box alone."
+    return (rois - boxes[:, :2].repeat(1, 2)) / (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+
+
+def polygon_masks(polygons, rois, size=28):
+    "Polygons, arrays of x and y, drawn in the rois' own small frames: (M, S, S) 0 or 1."
+    out = []
+    for polygon, (x1, y1, x2, y2) in zip(polygons, rois.double().tolist()):
+        xy = (np.asarray(polygon, np.float64).reshape(-1, 2) - [x1, y1]) * size / [max(x2 - x1, 1), max(y2 - y1, 1)]
+        out.append(coco_mask.decode(coco_mask.frPyObjects([xy.reshape(-1).tolist()], size, size))[..., 0])
+    return torch.tensor(np.array(out, np.float32).reshape(-1, size, size))
 
 
 class Case:
@@ -69,8 +87,9 @@ class Case:
             self.model = MaskRCNN.from_checkpoint(file, **numbers(self.name, self.info['config']))
             self.state = read_file(file)
         finally: file.unlink()
-        self.v = self.model.config.conventions
-        self.xyxy = [1, 0, 3, 2] if self.system.yx else [0, 1, 2, 3]
+        self.yx, self.background_last = self.system.names.yx, self.system.names.background_last
+        self.last_pixel = self.name in ('detectron', 'detectron_pytorch')
+        self.xyxy = [1, 0, 3, 2] if self.yx else [0, 1, 2, 3]
         self.errors = {}
 
     def __getitem__(self, name): return torch.tensor(self.golden[name])
@@ -93,7 +112,12 @@ class Case:
         assert error <= tolerance, f'{name}: off by {error:.1e} of its largest magnitude'
 
     @cached_property
-    def input(self): return placed(self.golden['image'], self.model)
+    def input(self): return self.prepare('image')
+
+    def prepare(self, name): return self.model.door.prepare(self.golden[name], self.model)
+
+    @property
+    def frame(self): return self.input[1]
 
     @cached_property
     def maps(self):
@@ -109,21 +133,32 @@ class Case:
 
     @cached_property
     def rpn(self):
-        with torch.no_grad(): return self.model.rpn(self.maps[1], self.size)
+        with torch.no_grad(): return self.model.rpn(self.maps[1], self.frame)
 
     def second_stage(self, boxes):
         "Recorded rois (N, 4) as our second stage reads them: (1, N, 4)."
-        if self.name == 'multimodal': boxes = boxes * torch.tensor([self.size[1], self.size[0]] * 2)
-        if self.v.last_pixel: boxes = boxes + torch.tensor([0., 0., 1., 1.]) * self.input[1].pixel
-        return boxes[None]
+        if self.last_pixel: boxes = shift_far_corner(boxes, self.frame.scale[0])
+        return self.to_pixels(boxes, self.size)[None]
 
-    def last_first(self, classes): return (classes + 1) % self.model.config.n_classes if self.system.background_last else classes
-    def logits(self, x): return x.roll(-1, -1) if self.system.background_last else x
-    def per_class(self, x): return x[:, 1:] if self.system.background_last else x
+    def to_pixels(self, boxes, size):
+        "Recorded boxes in parts of an input of this size, in pixels; others as they are."
+        if self.name == 'multimodal': return boxes * torch.tensor([size[1], size[0]] * 2)
+        return matterport.to_pixels(boxes, size) if self.name == 'matterport' else boxes
+
+    def truth_frame(self, size): return full_frame(size, torch.zeros(0), 1)
+
+    def level_rule(self, boxes):
+        "Number of the map, from 2, of recorded boxes in pixels."
+        rules = dict(detectron2=detectron2.choose_level, multimodal=matterport.nearest_level, matterport=matterport.nearest_level)
+        return rules.get(self.name, detectron.choose_level)(boxes) + 2
+
+    def last_first(self, classes): return (classes + 1) % self.model.config.n_classes if self.background_last else classes
+    def logits(self, x): return x.roll(-1, -1) if self.background_last else x
+    def per_class(self, x): return x[:, 1:] if self.background_last else x
     def heads(self, name):
         rois = self.second_stage(self.boxes(name))
         with torch.no_grad():
-            logits, deltas = self.model.box_branch(self.maps[1], rois, torch.ones(rois.shape[:2], dtype=torch.bool), self.size, self.input[1])
+            logits, deltas = self.model.box_branch(self.maps[1], rois, torch.ones(rois.shape[:2], dtype=torch.bool), self.frame)
         return self.logits(logits[0]), self.per_class(deltas[0])[..., self.xyxy]
 
 
@@ -149,25 +184,25 @@ def test_every_entry_of_the_inventory_is_used_once(case):
 
 
 def test_a_missing_and_an_extra_entry_are_named(case):
-    some = sorted(k for k in case.state if k != case.system.sign)[::40]
+    some = sorted(k for k in case.state if k != case.system.names.sign)[::40]
     for key in some:
         with pytest.raises(WeightsError, match='is missing'): translate({k: v for k, v in case.state.items() if k != key}, case.system)
     with pytest.raises(WeightsError, match='^f: extra.weight is no tensor'): translate(case.state | {'extra.weight': torch.zeros(1)}, case.system, 'f')
 
 
 def test_input(case):
-    images, place = case.input
+    images, frame = case.input
     x = ((images - case.model.mean) / case.model.std)[0]
     if 'pre_molded' in case:
         case.close('pre_molded', x.permute(1, 2, 0))
-        assert place.window[0][case.xyxy].tolist() == case['pre_window'].tolist()
-        images, place = placed(case.golden['pre2_image'], case.model)
+        assert frame.window[0][case.xyxy].tolist() == case['pre_window'].tolist()
+        images, frame = case.prepare('pre2_image')
         case.close('pre2_molded', ((images - case.model.mean) / case.model.std)[0].permute(1, 2, 0))
-        assert place.window[0][case.xyxy].tolist() == case['pre2_window'].tolist() and abs(place.pixel.item() - float(case['pre2_scale'])) < 1e-6
+        assert frame.window[0][case.xyxy].tolist() == case['pre2_window'].tolist() and abs(frame.scale.item() - float(case['pre2_scale'])) < 1e-6
     else:
         case.close('pre_input', x.flip(0))
-        if 'pre_resized_shape' in case: assert place.window[0, [3, 2]].tolist() == case['pre_resized_shape'].tolist()
-        if 'pre_im_info' in case: assert np.allclose([*case.size, place.pixel.item()], case.golden['pre_im_info'][0])
+        if 'pre_resized_shape' in case: assert frame.window[0, [3, 2]].tolist() == case['pre_resized_shape'].tolist()
+        if 'pre_im_info' in case: assert np.allclose([*case.size, frame.scale.item()], case.golden['pre_im_info'][0])
 
 
 def test_features(case):
@@ -177,9 +212,9 @@ def test_features(case):
 
 def test_anchors(case):
     anchors = case.rpn.anchors
-    recorded = case.boxes('anchors') + torch.tensor([0, 0, 1, 1]) * case.v.last_pixel
+    recorded = case.boxes('anchors') + torch.tensor([0, 0, 1, 1]) * case.last_pixel
     assert (anchors - recorded).abs().max() <= 1e-4 and list(case.rpn.level_sizes) == case['rpn_level_counts'].tolist()
-    if 'anchors_norm' in case: assert (normalise(anchors, *case.size) - case.boxes('anchors_norm')).abs().max() <= 1e-6
+    if 'anchors_norm' in case: assert (matterport.to_units(anchors, case.size) - case.boxes('anchors_norm')).abs().max() <= 1e-6
 
 
 def test_rpn(case):
@@ -192,47 +227,47 @@ def test_rpn(case):
 def test_proposals(case):
     logits = case['rpn_logits']
     fed = case.rpn._replace(objectness=(logits if logits.ndim == 1 else logits[:, 1] - logits[:, 0])[None], deltas=case['rpn_deltas'][None][..., case.xyxy])
-    c = case.model.config
-    p = case.model.propose(fed, c.n_pre_predict, c.n_post_predict, case.input[1])
-    recorded, unit = case.second_stage(case.boxes('proposals'))[0], 1 / case.size[0] if case.v.normalised else 1
-    found = (torch.cdist(recorded, p.boxes[0][p.valid[0]], p=torch.inf).amin(1) <= 1e-2 * unit).float().mean().item()
-    print(f'{case.name} proposals {found:.1%}, in place {((recorded - p.boxes[0][:len(recorded)]).abs().amax(1) <= 1e-2 * unit).float().mean():.1%}')
+    p = case.model.rpn.propose(fed, *case.model.n_predict)
+    recorded = case.second_stage(case.boxes('proposals'))[0]
+    found = (torch.cdist(recorded, p.boxes[0][p.valid[0]], p=torch.inf).amin(1) <= 1e-2).float().mean().item()
+    print(f'{case.name} proposals {found:.1%}, in place {((recorded - p.boxes[0][:len(recorded)]).abs().amax(1) <= 1e-2).float().mean():.1%}')
     assert found >= .99 and abs(p.valid.sum() - len(recorded)) <= .01 * len(recorded)
 
 
 def test_proposals_level_by_level(case):
     if 'rpn_rois_P2' not in case: pytest.skip(f'{case.name} records no levels')
-    cells = torch.stack([window_anchors([32 * 2**i], (.5, 1., 2.), 4 * 2**i) for i in range(5)])
+    cells = torch.stack([detectron.window_anchors([32 * 2**i], (.5, 1., 2.), 4 * 2**i) for i in range(5)])
     assert torch.equal(cells - torch.tensor([0., 0., 1., 1.]), case['anchor_cells'].float())
-    c, start = case.model.config, 0
+    n_pre, start = case.model.n_predict[0], 0
     for i, n in enumerate(case['rpn_level_counts'].tolist()):
         here = slice(start, start + n)
-        fed = case.rpn._replace(anchors=case.rpn.anchors[here], objectness=case['rpn_logits'][None, here], deltas=case['rpn_deltas'][None, here], level_sizes=(n,))
-        p = case.model.rpn.propose(fed, c.n_pre_predict, c.n_pre_predict, torch.tensor([[0., 0., case.size[1], case.size[0]]]))
+        fed = case.rpn._replace(anchors=case.rpn.anchors[here], objectness=case['rpn_logits'][None, here], deltas=case['rpn_deltas'][None, here],
+                                level_sizes=(n,), frame=case.truth_frame(case.size))
+        p = case.model.rpn.propose(fed, n_pre, n_pre)
         recorded, count, start = case[f'rpn_rois_P{i + 2}'] + torch.tensor([0, 0, 1, 1]), int(case[f'rpn_roi_count_P{i + 2}']), start + n
         found = torch.cdist(recorded, p.boxes[0][p.valid[0]], p=torch.inf).amin(1) <= 1e-2
         assert abs(p.valid.sum() - count) <= max(1, .01 * count) and found.float().mean() >= .99
-    rule = {k: x for k, x in case.model.pool.keywords.items() if k != 'normalised'}
-    assert (roi_level(case.boxes('proposals'), **rule) + 2 == case['proposal_levels']).float().mean() >= .999
+    assert (case.level_rule(case.boxes('proposals')) == case['proposal_levels']).float().mean() >= .999
 
 
 def test_roi_align_alone(case):
-    maps, c = [case[f'roialign_map_P{i}'][None] for i in range(2, 6)], case.model.config
-    size, boxes = tuple(4 * n for n in maps[0].shape[-2:]), case.boxes('roialign_boxes')[None]
-    if case.name == 'multimodal': boxes = boxes * torch.tensor([size[1], size[0]] * 2)
-    for bins in (7, 14): case.close(f'roialign_out{bins}', case.model.pool(maps, boxes, bins, size, c.sampling, c.aligned, c.canonical_size, None)[0], 1e-5)
-    if 'roialign_level' in case:
-        rule = {k: x for k, x in case.model.pool.keywords.items() if k != 'normalised'}
-        assert torch.equal(roi_level(boxes[0], **rule) + 2, case['roialign_level'].long())
+    maps = [case[f'roialign_map_P{i}'][None] for i in range(2, 6)]
+    size = tuple(4 * n for n in maps[0].shape[-2:])
+    boxes = case.to_pixels(case.boxes('roialign_boxes'), size)
+    given = shift_far_corner(boxes, torch.tensor(1.)) if case.last_pixel else boxes
+    for bins in (7, 14): case.close(f'roialign_out{bins}', case.model.parts.roi_align(maps, given[None], bins, case.truth_frame(size), None)[0], 1e-5)
+    if 'roialign_level' in case: assert torch.equal(case.level_rule(boxes), case['roialign_level'].long())
 
 
 def test_nms_alone(case):
-    boxes = case.boxes('nms_boxes') + torch.tensor([0, 0, 1, 1]) * case.v.last_pixel
+    boxes = case.boxes('nms_boxes') + torch.tensor([0, 0, 1, 1]) * case.last_pixel
     for name in [k for k in case.golden.files if k.startswith('nms_keep_')]:
-        keep = suppress(boxes, case['nms_scores'], int(name[-2:]) / 10, case.v.nms_plus, case.v.nms_equal).nonzero()[:, 0]
+        measured, limit = matterport.longer(boxes) if case.name == 'multimodal' else boxes, int(name[-2:]) / 10
+        at_threshold = case.last_pixel or case.name == 'multimodal'
+        keep = nms_keep(measured, case['nms_scores'], detectron.just_below(limit) if at_threshold else limit).nonzero()[:, 0]
         recorded = case[name].long()
         assert torch.equal(keep, recorded.sort().values), name
-        if not case.v.last_pixel: assert torch.equal(keep[case['nms_scores'][keep].argsort(descending=True)], recorded), name
+        if not case.last_pixel: assert torch.equal(keep[case['nms_scores'][keep].argsort(descending=True)], recorded), name
 
 
 def test_heads(case):
@@ -253,7 +288,7 @@ def test_heads_on_all_proposals(case):
 
 def test_masks(case):
     rois = case.second_stage(case.boxes('mask_rois'))
-    with torch.no_grad(): logits = case.model.mask_branch(case.maps[1], rois, torch.ones(rois.shape[:2], dtype=torch.bool), case.size, case.input[1])[0]
+    with torch.no_grad(): logits = case.model.mask_branch(case.maps[1], rois, torch.ones(rois.shape[:2], dtype=torch.bool), case.frame)[0]
     name = 'mask_logits' if 'mask_logits' in case else 'mask_probs'
     case.close(name, case.per_class(logits if name == 'mask_logits' else logits.sigmoid()))
 
@@ -280,17 +315,17 @@ def test_detections(case):
     if 'det_raw' in case:
         raw = case['det_raw']
         recorded, classes, their_scores = raw[:, case.xyxy], raw[:, 4].long(), raw[:, 5]
-        if case.v.normalised: recorded = denormalise(recorded, *case.size)
+        if case.name == 'matterport': recorded = matterport.to_pixels(recorded, case.size)
     elif 'det_raw_boxes' in case: recorded, classes, their_scores = case['det_raw_boxes'], case.last_first(case['det_raw_classes']), case['det_raw_scores']
     else:
-        recorded, classes, their_scores = (case['det_boxes'] + torch.tensor([0, 0, 1, 1])) * case.input[1].pixel, case['det_class_ids'], case['det_scores']
+        recorded, classes, their_scores = (case['det_boxes'] + torch.tensor([0, 0, 1, 1])) * case.frame.scale, case['det_class_ids'], case['det_scores']
     index = pair_up(case, 'det_raw', boxes, labels, scores, recorded, classes, their_scores)
     case.close('det_mask28', masks[index], 1e-3)
 
 
 def test_objects_in_the_picture(case):
     found = predict_instances(case.model, case.golden['image'])
-    recorded = case.boxes('det_boxes') + torch.tensor([0, 0, 1, 1]) * case.v.last_pixel
+    recorded = case.boxes('det_boxes') + torch.tensor([0, 0, 1, 1]) * case.last_pixel
     index = pair_up(case, 'det', torch.tensor(found.boxes), torch.tensor(found.labels), torch.tensor(found.scores), recorded,
                     case.last_first(case['det_class_ids'].long()), case['det_scores'])
     shape = case.golden['det_masks_shape']
@@ -312,22 +347,22 @@ def unpacked(case, name, width):
 
 def ternary(case, labels):
     "Recorded labels of anchors as ours: 1, 0 negative, -1 not asked."
-    return torch.where(labels == 1, 1, torch.where(labels == 0, -1, 0)) if case.system.yx else labels.long()
+    return torch.where(labels == 1, 1, torch.where(labels == 0, -1, 0)) if case.yx else labels.long()
 
 
 def truth(case, crowd=False):
     "Boxes and labels of the recorded truth, in the network's input."
     boxes, labels = case.boxes('train_gt_boxes'), case.last_first(case['matchcrowd_class_ids' if crowd else 'train_gt_class_ids'].long())
-    return (boxes + torch.tensor([0, 0, 1, 1])) * case.input[1].pixel if case.v.last_pixel else boxes, labels
+    return (boxes + torch.tensor([0, 0, 1, 1])) * case.frame.scale if case.last_pixel else boxes, labels
 
 
 def all_anchors(case, crowd=False):
     "What every anchor should say, none left out."
     boxes, labels = truth(case, crowd)
     n, rpn = len(case.rpn.anchors), case.model.rpn
-    sampled, rpn.build_targets = rpn.build_targets, partial(rpn.build_targets, n_sample=2 * n)
-    targets = case.model.label(case.rpn, boxes[None], labels[None], torch.zeros(1, n), case.input[1])
-    rpn.build_targets = sampled
+    sampled, rpn.assign_anchors = rpn.assign_anchors, partial(rpn.assign_anchors, n_sample=2 * n)
+    targets = rpn.targets(case.rpn, boxes[None], labels[None], torch.zeros(1, n))
+    rpn.assign_anchors = sampled
     return RPNTargets(*(t[0] for t in targets))
 
 
@@ -367,34 +402,37 @@ def drawn(case, setup):
 
 def target_stage(case, setup):
     "What our target stage makes of the recorded proposals and truth."
-    c, (boxes, labels) = case.model.config, truth(case)
-    n = dict(n_rois=c.n_rois, positive_fraction=c.positive_fraction)
+    parts, (boxes, labels), n = case.model.parts, truth(case), {}
     if 'train_config' in case.info:
         other = case.info['train_config'][setup]
-        n = dict(n_rois=other['TRAIN_ROIS_PER_IMAGE'], positive_fraction=other['ROI_POSITIVE_RATIO'], negatives=1 / other['ROI_POSITIVE_RATIO'] - 1)
+        n = dict(n_rois=other['TRAIN_ROIS_PER_IMAGE'], positive_fraction=other['ROI_POSITIVE_RATIO'])
     proposals = case.second_stage(case.boxes('train_proposals'))[0] if 'train_proposals' in case else case.boxes('train_proposals_px')
-    if case.v.normalised: boxes, proposals = normalise(boxes, *case.size), normalise(proposals, *case.size)
+    sampled = parts.sample_rois(proposals, torch.ones(len(proposals), dtype=torch.bool), boxes, labels, torch.zeros(len(proposals) + len(boxes)), **n)
+    describe = partial(parts.head_targets, n_masks=int((sampled.labels > 0).sum()))
     if 'train_gt_polygons' in case:
-        pixel, polygons = case.input[1].pixel, case.golden['train_gt_polygons']
-        masks = torch.zeros(len(boxes), 1, 1)
-        n['crop'] = lambda masks, index, rois, size, aligned: polygon_masks([polygons[i] for i in index], (rois - torch.tensor([0, 0, 1, 1]) * pixel) / pixel, size)
-    elif setup in ('mini', 'padded'):
-        masks = unpacked(case, 'train_gt_mini_packed', 56)
-        n['crop'] = lambda masks, index, rois, size, aligned: corner_masks(masks, index, within(rois, boxes[index]), size, normalised=True)
-    else: masks = unpacked(case, 'train_gt_masks_packed', case.golden['train_gt_masks_shape'][-1] if 'train_gt_masks_shape' in case else case.size[1])
-    return case.model.build_targets(proposals, torch.ones(len(proposals), dtype=torch.bool), boxes, labels, masks, torch.zeros(len(proposals) + len(boxes)), **n)
+        targets, pixel, polygons = describe(sampled, boxes, torch.zeros(len(boxes), 1, 1)), case.frame.scale, case.golden['train_gt_polygons']
+        rois = shift_far_corner(sampled.rois, -pixel[0]) / pixel
+        n = len(targets.target_masks)
+        return targets._replace(target_masks=polygon_masks([polygons[i] for i in sampled.matched[:n]], rois[:n]))
+    if setup in ('mini', 'padded'):
+        mini, units = unpacked(case, 'train_gt_mini_packed', 56), matterport.to_units if case.name == 'matterport' else matterport.to_shares
+        crop = lambda masks, index, rois, size: matterport.corner_masks(mini, index, within(rois, units(boxes, case.size)[index]), size)
+        return describe(sampled, boxes, torch.zeros(len(boxes), *case.size), crop=crop)
+    width = case.golden['train_gt_masks_shape'][-1] if 'train_gt_masks_shape' in case else case.size[1]
+    return describe(sampled, boxes, unpacked(case, 'train_gt_masks_packed', width))
 
 
 def test_rois_and_their_targets(case):
     for setup in setups(case):
         rois, labels, deltas, masks = drawn(case, setup)
-        ours, unit = target_stage(case, setup), 1 / case.size[0] if case.v.normalised else 1
+        ours = target_stage(case, setup)
         filled = (ours.labels >= 0).nonzero()[:, 0]
-        real = (rois[:, 2:] > rois[:, :2]).all(1)        # Matterport fills up with zeros
+        nothing = 1 if case.name == 'matterport' else 0           # its zeros, which fill up, are a pixel in pixels
+        real = (rois[:, 2:] - rois[:, :2] > nothing + 1e-3).all(1)
         assert real.sum() == len(filled), setup
         apart = torch.cdist(rois[real], ours.rois[filled], p=torch.inf)
         index = filled[apart.argmin(1)]
-        assert apart.amin(1).max() <= 1e-2 * unit and len(index.unique()) == len(filled), setup
+        assert apart.amin(1).max() <= 1e-2 and len(index.unique()) == len(filled), setup
         assert torch.equal(ours.labels[index], labels[real]), setup
         positive = labels[real] > 0
         case.close(f'train_{setup}_deltas', ours.target_deltas[index][positive], theirs=deltas[real][positive])
@@ -409,10 +447,19 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images, place, labels, deltas, *samples, active=None):
-        features, size = self.model.features(images), images.shape[-2:]
-        rpn = self.model.rpn(features, size)
-        return self.model.compute_losses(features, size, rpn, RPNTargets(labels[None], deltas[None]), HeadTargets(*(s[None] for s in samples)), place, active)
+    def forward(self, images, frame, labels, deltas, *samples):
+        features = self.model.features(images)
+        targets = RPNTargets(labels[None], deltas[None]), HeadTargets(*(s[None] for s in samples))
+        return self.model.compute_losses(features, self.model.rpn(features, frame), *targets)
+
+
+@contextmanager
+def only(model, active):
+    "The class loss counts these classes (K,) alone; None: all."
+    parts = model.parts
+    if active is not None: model.parts = parts._replace(box_loss=partial(parts.box_loss, active=active))
+    try: yield
+    finally: model.parts = parts
 
 
 def samples(case, setup):
@@ -435,9 +482,10 @@ def test_losses(case):
     step = Step(case.model)
     for setup in setups(case)[1:]:
         args, active = samples(case, setup)
-        with torch.no_grad(): compare(case, f'train_{setup}_losses', step(*args, active=active))
+        with torch.no_grad(), only(case.model, active): compare(case, f'train_{setup}_losses', step(*args))
     if 'train_inactive_losses' in case:
-        with torch.no_grad(): compare(case, 'train_inactive_losses', step(*samples(case, 'mini')[0], active=case['train_inactive_class_flags'].bool()))
+        with torch.no_grad(), only(case.model, case['train_inactive_class_flags'].bool()):
+            compare(case, 'train_inactive_losses', step(*samples(case, 'mini')[0]))
 
 
 def test_rpn_losses_level_by_level(case):
@@ -446,8 +494,10 @@ def test_rpn_losses_level_by_level(case):
     start = 0
     for n, recorded in zip(case['rpn_level_counts'].tolist(), case['train_losses_rpn_levels'].T):
         here = (torch.arange(len(labels)) >= start) & (torch.arange(len(labels)) < start + n)
-        ours = rpn_loss(case.rpn.objectness, case.rpn.deltas, torch.where(here, labels, -1)[None], deltas[None], case.model.config.rpn.beta, n_class=256, n_box=int((labels >= 0).sum()))
-        assert np.allclose([x.item() for x in ours.values()], recorded, rtol=STAGES, atol=1e-7)
+        ours = case.model.rpn.rpn_loss(case.rpn.objectness, case.rpn.deltas, torch.where(here, labels, -1)[None], deltas[None])
+        share = (here & (labels >= 0)).sum() / (labels >= 0).sum()      # recorded: divided by the anchors of all levels
+        ours = ours['loss_objectness'].item(), (ours['loss_rpn_box_reg'] * share).item()
+        assert np.allclose(ours, recorded, rtol=STAGES, atol=1e-7)
         start += n
 
 
@@ -468,7 +518,8 @@ def test_gradients(case):
     args, active = exact(samples(case, setup))
     state = {k: exact(v.clone()).requires_grad_() if v.is_floating_point() else v for k, v in case.state.items()}
     ours = {f'model.{k}': v for k, v in translate(state, case.system).items()}      # gradients go through the translation
-    losses = torch.func.functional_call(exact(Step(deepcopy(case.model))), ours, args, dict(active=active))
+    step = exact(Step(deepcopy(case.model)))
+    with only(step.model, active): losses = torch.func.functional_call(step, ours, args)
     compare(case, f'train_{setup}_losses' if setup else 'train_losses', losses)
     sum(losses.values()).backward()
     for name in [k for k in case.golden.files if k.startswith('grad|')]:
