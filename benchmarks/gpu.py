@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import MagicMock
 import torch, torchvision
+from maskrcnn_edu.boxes import full_frame
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
@@ -216,7 +217,7 @@ def opcheck():
 def small_step(features, boxes, scores):
     "All four ops in a row, as the model uses them."
     keep = nms.nms_keep(boxes, scores, .5)
-    pieces = roi_align.pyramid_roi_align(features, boxes, 7, (256, 384), filled=keep)
+    pieces = roi_align.pyramid_roi_align(features, boxes, 7, full_frame((256, 384), boxes, len(boxes)), keep)
     return keep, pieces, detections.paste_masks(pieces[0, :, 0].sigmoid(), boxes[0], 256, 384)
 
 def small_inputs():
@@ -440,7 +441,7 @@ def speed_of_pyramid():
     pool = torchvision.ops.MultiScaleRoIAlign(list('0123'), 7, 2)
     named = dict(zip('0123', features))
     with torch.no_grad():
-        note('pyramid forward', ours=timed(lambda: roi_align.pyramid_roi_align(features, boxes, 7, (800, 1344))),
+        note('pyramid forward', ours=timed(lambda: roi_align.pyramid_roi_align(features, boxes, 7, full_frame((800, 1344), boxes, len(boxes)))),
              torchvision=timed(lambda: pool(named, list(boxes), [(800, 1344)] * 2)))
 
 def crowd(*shape, side=1000):

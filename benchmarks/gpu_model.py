@@ -14,8 +14,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import model as bench
 from maskrcnn_edu.detections import paste_masks
-from maskrcnn_edu.resnet import fold_norms
-from maskrcnn_edu.speed import Replay, alternate, profile_step
+from maskrcnn_edu.speed import Replay, alternate, fold_norms, profile_step
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'

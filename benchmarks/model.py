@@ -16,19 +16,21 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 from maskrcnn_edu import cuda
 from maskrcnn_edu.data import load_splits, make_shapes, shapes_folder
-from maskrcnn_edu.detections import paste_masks, to_instances
+from maskrcnn_edu.detections import paste_masks
 from maskrcnn_edu.evaluate import CocoEval
+from maskrcnn_edu.instances import to_instances
 from maskrcnn_edu.learner import to_slots
 from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
-from maskrcnn_edu.resnet import RESNET18, RESNET50, fold_norms
-from maskrcnn_edu.speed import alternate, profile_step
+from maskrcnn_edu.resnet import RESNET18, RESNET50
+from maskrcnn_edu.speed import alternate, fold_norms, profile_step
 
 here = Path(__file__).parent
-COMMON = dict(box_passes=1, aligned=False, box_beta=1 / 9)     # as torchvision has it
+COMMON = SHAPES.change(backbone=dict(**RESNET18, width=64), detection=dict(box_passes=1), head=dict(aligned=False, beta=1 / 9))   # as torchvision has it
 SETTINGS = {   # config, side of the images, batch, level of the drawings, slots
-    'shapes': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_masks=16), (128, 128), 8, 'classic', 8),
-    'nuclei': (replace(SHAPES, **RESNET18, width=64, **COMMON, n_classes=2, sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=500,
-                       n_post_predict=400, rpn_sample=256, n_rois=96, positive_fraction=.25, n_masks=24, n_detections=100), (256, 256), 4, 'crowded', 64),
+    'shapes': (COMMON.change(head=dict(n_masks=16)), (128, 128), 8, 'classic', 8),
+    'nuclei': (COMMON.change(n_classes=2, head=dict(n_rois=96, positive_fraction=.25, n_masks=24), detection=dict(n_detections=100),
+                             rpn=dict(sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=500, n_post_predict=400, n_sample=256)),
+               (256, 256), 4, 'crowded', 64),
     'r50': (MaskRCNNConfig().change(backbone=dict(**RESNET50, width=64, norm='frozen')), (800, 1088), 1, 'crowded', 32)}
 ORIGINAL = set(SETTINGS)
 GOALS = dict(shapes=.67, nuclei=.67, r50=.9)
@@ -36,15 +38,18 @@ GOALS = dict(shapes=.67, nuclei=.67, r50=.9)
 
 def their_model(c: MaskRCNNConfig, size) -> TheirMaskRCNN:
     "torchvision's model with the numbers of our configuration."
-    norm = dict(batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d)[c.norm]
-    body = resnet.ResNet(resnet.Bottleneck if c.bottleneck else resnet.BasicBlock, list(c.layers), norm_layer=norm)
-    channels = [64 * 2**i * (4 if c.bottleneck else 1) for i in range(4)]
-    backbone = BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, c.channels)
-    return TheirMaskRCNN(backbone, None, min_size=min(size), max_size=max(size), image_mean=list(c.mean), image_std=list(c.std), size_divisible=32,
-        rpn_anchor_generator=AnchorGenerator(c.sizes, (c.ratios,) * 5), rpn_pre_nms_top_n_train=c.n_pre, rpn_post_nms_top_n_train=c.n_post, rpn_pre_nms_top_n_test=c.n_pre_predict,
-        rpn_post_nms_top_n_test=c.n_post_predict, rpn_batch_size_per_image=c.rpn_sample, box_batch_size_per_image=c.n_rois, box_positive_fraction=c.positive_fraction, box_detections_per_img=c.n_detections,
-        box_head=TwoMLPHead(c.channels * c.box_bins**2, c.hidden), box_predictor=FastRCNNPredictor(c.hidden, c.n_classes),
-        mask_head=MaskRCNNHeads(c.channels, (c.mask_channels,) * 4, 1), mask_predictor=MaskRCNNPredictor(c.mask_channels, c.mask_channels, c.n_classes))
+    b, r, h = c.backbone, c.rpn, c.head
+    norm = dict(batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d)[b.norm]
+    body = resnet.ResNet(resnet.Bottleneck if b.bottleneck else resnet.BasicBlock, list(b.layers), norm_layer=norm)
+    channels = [64 * 2**i * (4 if b.bottleneck else 1) for i in range(4)]
+    backbone = BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, b.channels)
+    return TheirMaskRCNN(
+        backbone, None, min_size=min(size), max_size=max(size), image_mean=list(b.mean), image_std=list(b.std), size_divisible=32,
+        rpn_anchor_generator=AnchorGenerator(r.sizes, (r.ratios,) * 5), rpn_pre_nms_top_n_train=r.n_pre, rpn_post_nms_top_n_train=r.n_post,
+        rpn_pre_nms_top_n_test=r.n_pre_predict, rpn_post_nms_top_n_test=r.n_post_predict, rpn_batch_size_per_image=r.n_sample,
+        box_batch_size_per_image=h.n_rois, box_positive_fraction=h.positive_fraction, box_detections_per_img=c.detection.n_detections,
+        box_head=TwoMLPHead(b.channels * h.box_bins**2, h.hidden), box_predictor=FastRCNNPredictor(h.hidden, c.n_classes),
+        mask_head=MaskRCNNHeads(b.channels, (h.mask_channels,) * 4, 1), mask_predictor=MaskRCNNPredictor(h.mask_channels, h.mask_channels, c.n_classes))
 
 
 def pair(name, seed=0):
@@ -143,7 +148,7 @@ def vary(name, side=None, bs=None, level=None, slots=None, **numbers):
     "A setting with some of its numbers changed, under a name of its own."
     config, size, b, l, g = SETTINGS[name]
     key = f'{name} {side} {bs} {level} {slots} {numbers}'
-    SETTINGS[key] = replace(config, **numbers), size if side is None else (side, side), bs or b, level or l, slots or g
+    SETTINGS[key] = config.change(**numbers), size if side is None else (side, side), bs or b, level or l, slots or g
     return key
 
 
@@ -151,7 +156,7 @@ def scaling(runs, device):
     "Seconds of both against one number at a time, the others as in shapes."
     cases = dict(side=[(n, dict(side=n, bs=1)) for n in (128, 256, 512, 1024)],
                  batch=[(n, dict(bs=n)) for n in (1, 2, 4, 8, 16)],
-                 proposals=[(n, dict(side=256, bs=1, n_pre=2 * n, n_pre_predict=2 * n, n_post=n, n_post_predict=n)) for n in (50, 200, 800, 2000)],
+                 proposals=[(n, dict(side=256, bs=1, rpn=dict(n_pre=2 * n, n_pre_predict=2 * n, n_post=n, n_post_predict=n))) for n in (50, 200, 800, 2000)],
                  slots=[(n, dict(side=256, bs=2, level='crowded', slots=n)) for n in (8, 32, 128)])
     out = {}
     for what, values in cases.items():
@@ -210,12 +215,12 @@ def options(runs):
     return out
 
 
-OWN = dict(aligned=True, box_beta=0., box_passes=2, n_masks=4)      # what the recipe of the shapes has otherwise than torchvision: ROIAlign and masks at pixel centres, a straight box loss, a second look, masks of 4 rois a picture
+OWN = dict(head=dict(aligned=True, beta=0., n_masks=4), detection=dict(box_passes=2))      # what the recipe of the shapes has otherwise than torchvision: ROIAlign and masks at pixel centres, a straight box loss, a second look, masks of 4 rois a picture
 
 
 def time_to_ap(which, goal=.8, every=21, most=3000, seed=0):
     "Seconds of training steps until mask AP on the valid shapes reaches the goal; all see the same batches. 0 torchvision, 1 ours by the same rules, 2 ours by its own."
-    SETTINGS['own'] = replace(SETTINGS['shapes'][0], **OWN), *SETTINGS['shapes'][1:]
+    SETTINGS['own'] = SETTINGS['shapes'][0].change(**OWN), *SETTINGS['shapes'][1:]
     config, size, bs, _, slots = SETTINGS['shapes']
     train, valid = load_splits(shapes_folder())
     samples = [train[i] for i in range(len(train))]

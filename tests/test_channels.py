@@ -19,9 +19,9 @@ from maskrcnn_edu.data import CLASSES, DataError, image_size, load_splits, make_
 from maskrcnn_edu.evaluate import CocoEval
 from maskrcnn_edu.learner import (FlipTurn, Recolour, ScaleCrop, Stretch, CentreCrop, ZoomWhole, check_channels, colour, enlarged, fill_up, load_imagenet,
     measure_channels, predict_instances, resize, stretch, to_input)
-from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, grad_cam
+from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES
 from maskrcnn_edu.resnet import RESNET18
-from maskrcnn_edu.trace import trace_page
+from maskrcnn_edu.trace import grad_cam, trace_model, trace_page
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -295,7 +295,7 @@ def run(folder, tmp_path_factory):
     from maskrcnn_edu.train import Recipe, finish, fit
     train, valid = load_splits(folder)
     out = tmp_path_factory.mktemp('run')
-    config = replace(SHAPES, **measure_channels(train), width=16, channels=32, hidden=64, mask_channels=32)
+    config = SHAPES.change(backbone=dict(width=16, channels=32, **measure_channels(train)), head=dict(hidden=64, mask_channels=32))
     recipe = Recipe(config, (Stretch(), ScaleCrop(64), FlipTurn(), Recolour(), CentreCrop(64)), tuple(colour(channels=5)), bs=2, epochs=2)
     learn = fit(recipe, train, valid, out, device='cpu')
     return SimpleNamespace(learn=learn, out=out, valid=valid, config=config, scores=finish(learn, valid, out))
@@ -332,7 +332,7 @@ def test_the_pages_of_trace_and_grad_cam(run, tmp_path):
     images = to_input(s.image, model)
     gt = [torch.tensor(x)[None] for x in (s.instances.boxes, s.instances.labels, s.instances.masks())]
     pad = torch.nn.functional.pad(gt[2], (0, images.shape[-1] - 96, 0, images.shape[-2] - 96))
-    training = model.trace(images, gt[0], gt[1], pad, names=names)
+    training = trace_model(model, images, gt[0], gt[1], pad, names=names)
     for box in training.boxes(): assert training.show(box).axes
     eager = MaskRCNN(run.config.change(detection=dict(min_score=0.))).eval()
     eager.load_state_dict(model.state_dict())

@@ -1,6 +1,6 @@
 "Checkpoints of other programs: what is read, what is refused and how it is said, and values by hand. Small networks of the same names."
 import pickle
-from dataclasses import replace
+import json
 import h5py
 import numpy as np
 import pytest
@@ -8,30 +8,33 @@ import torch
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 
-from maskrcnn_edu.checkpoints import (SYSTEMS, System, WeightsError, as_frozen, folded, layers_of, load_weights, our_order, read_file, recognise,
-                                      save_weights, translate)
+from maskrcnn_edu.checkpoints import (DIALECTS, SYSTEMS, WeightsError, as_frozen, folded, layers_of, load_weights, make_model, our_order, read_file,
+                                      recognise, save_weights, translate)
+from maskrcnn_edu.dialects.base import Names
 from maskrcnn_edu.learner import predict_instances
-from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from maskrcnn_edu.mask_rcnn import MaskRCNN
 
-TINY = dict(layers=(1, 1, 1, 1), width=4, channels=8, hidden=16, mask_channels=8, n_classes=5)
+TINY = dict(n_classes=5, backbone=dict(layers=(1, 1, 1, 1), width=4, channels=8), head=dict(hidden=16, mask_channels=8))
 systems = pytest.mark.parametrize('name', SYSTEMS)
-small = dict(short_side=64, long_side=128, n_pre_predict=50, n_post_predict=20, n_detections=5)
+small = dict(short_side=64, long_side=128, rpn=dict(n_pre_predict=50, n_post_predict=20), detection=dict(n_detections=5))
 
 
 def checkpoint(name, blocks=(1, 1, 1, 1)):
     "A small network in a system's names, as PyTorch lays tensors out."
-    system, g = SYSTEMS[name], torch.Generator().manual_seed(0)
-    config = replace(system.config, **TINY | dict(layers=blocks), rpn_channels=8)
-    shapes, out = {k: v.shape for k, v in MaskRCNN(config).state_dict().items()}, {}
-    for layer, _, key, numbers in layers_of(blocks, system.names):
+    system, g = SYSTEMS[name].names, torch.Generator().manual_seed(0)
+    config = SYSTEMS[name].config.change(**TINY).change(backbone=dict(layers=blocks))
+    narrow = {'rpn.head.conv.0.0.weight': torch.zeros(8, 1)}         # the RPN head has 8 channels too
+    model = make_model(config, narrow, dict(name=SYSTEMS[name].name))
+    shapes, out = {k: v.shape for k, v in model.state_dict().items()}, {}
+    for layer, _, key, numbers in layers_of(blocks, system.layers):
         n_out, *rest = shapes[layer + '.weight']
         if system.pairs and key == 'rpn.head.cls_logits': n_out *= 2
         if system.background_last: n_out -= dict([('box_predictor.bbox_pred', 4), ('mask_predictor.mask_fcn_logits', 1)]).get(key, 0)
         if system.pairs and key == 'box_head.fc6': rest = [8, 7, 7]
         if system.pairs and key == 'box_head.fc7': rest = [16, 1, 1]
-        theirs = system.names[key].format(**numbers)
+        theirs = system.layers[key].format(**numbers)
         out[theirs + system.conv[0]] = torch.randn(n_out, *rest, generator=g) * .1
-        norm = system.names.get(key + '_norm')
+        norm = system.layers.get(key + '_norm')
         if system.biased or not norm: out[theirs + system.conv[1]] = torch.randn(n_out, generator=g) * .1
         for i, end in enumerate(system.norm if norm else ()): out[norm.format(**numbers) + end] = torch.rand(n_out, generator=g) + (.5 if i in (0, 3) else 0)
     return out
@@ -170,7 +173,7 @@ def test_the_command_converts(tmp_path):
 
 # ---- by hand ----
 
-def bare(**kwargs): return System('test', 'sign', {}, MaskRCNNConfig(), **kwargs)
+def bare(**kwargs): return Names('sign', {}, **kwargs)
 
 def layers(**rows):
     "Weights whose rows are numbered, so that an order can be read off."
@@ -241,7 +244,7 @@ def random_torchvision(build, seed):
 def test_torchvision_finds_the_same(build, tmp_path):
     theirs = random_torchvision(build, 3)
     torch.save(theirs.state_dict(), tmp_path/'w.pth')
-    ours = MaskRCNN.from_checkpoint(tmp_path/'w.pth', short_side=160, long_side=224, min_score=.2, n_detections=20, n_pre_predict=300, n_post_predict=100)
+    ours = MaskRCNN.from_checkpoint(tmp_path/'w.pth', short_side=160, long_side=224, detection=dict(min_score=.2, n_detections=20), rpn=dict(n_pre_predict=300, n_post_predict=100))
     (tmp_path/'w.pth').unlink()
     total = 0
     for i, (h, w) in enumerate([(120, 150), (200, 90), (161, 333)]):
@@ -272,9 +275,9 @@ def test_the_command_starts_from_a_checkpoint(tmp_path, capsys):
     file = written('detectron2', checkpoint('detectron2'), tmp_path)
     args = ['train', 'coco', '--data', str(tmp_path/'set'), '--epochs', '1', '--device', 'cpu', '--out', str(tmp_path/'run')]
     done = CliRunner().invoke(app, [*args, '--start', str(file)])
-    assert done.exit_code == 0 and '4 classes in place of 5, so these begin anew: box_predictor.cls_score.weight' in done.output, (done.output, done.exception)
+    assert done.exit_code == 0 and '4 classes in place of 5, so these are reinitialised: box_predictor.cls_score.weight' in done.output, (done.output, done.exception)
     model, names = load_weights(tmp_path/'run/weights.safetensors')
-    assert names == CLASSES and model.config.conventions == replace(SYSTEMS['detectron2'].config.conventions, short_side=0)
+    assert names == CLASSES and model.dialect == 'detectron2' and not hasattr(model, 'door')      # pictures go in as they are
     assert model.config.backbone.layers == (1, 1, 1, 1) and model.config.head.hidden == 16 and model.config.head.n_rois == 32
     both = CliRunner().invoke(app, [*args, '--start', str(file), '--pretrained'])
     assert both.exit_code == 1 and 'give one' in both.output
@@ -286,7 +289,7 @@ def test_the_command_starts_from_a_checkpoint(tmp_path, capsys):
 def test_as_many_classes_with_other_names(tmp_path, capsys):
     names = ['background', 'cat', 'dog', 'horse']
     kept, anew = MaskRCNN.from_checkpoint('shapes'), MaskRCNN.from_checkpoint('shapes', classes=names)
-    assert 'begin anew' in capsys.readouterr().out
+    assert 'reinitialised' in capsys.readouterr().out
     same = {k for k, v in kept.state_dict().items() if torch.equal(v, anew.state_dict()[k])}
     assert {k.rsplit('.', 1)[0] for k in kept.state_dict().keys() - same} == {'box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits'}
 
@@ -295,7 +298,8 @@ def test_as_many_classes_with_other_names(tmp_path, capsys):
 def test_without_a_place(name, tmp_path):
     "In fine-tuning pictures go in as they are: finite losses and gradients, and boxes inside the picture."
     torch.manual_seed(0)
-    model = MaskRCNN.from_checkpoint(written(name, checkpoint(name), tmp_path), **small | dict(short_side=0, min_score=0.), n_pre=50, n_post=20, n_rois=8, n_masks=4)
+    model = MaskRCNN.from_checkpoint(written(name, checkpoint(name), tmp_path), short_side=0, detection=dict(n_detections=5, min_score=0.),
+                                     rpn=dict(n_pre_predict=50, n_post_predict=20, n_pre=50, n_post=20), head=dict(n_rois=8, n_masks=4))
     images, boxes, masks = torch.rand(2, 3, 64, 64), torch.tensor([[[4., 4., 40., 50.]]] * 2), torch.zeros(2, 1, 64, 64)
     masks[:, :, 4:50, 4:40] = 1
     losses = model.train()(images, boxes, torch.ones(2, 1).long(), masks)

@@ -30,7 +30,7 @@ def fit(config, n_valid, epochs, lr, cbs, start=None):
         else: learn.fit(epochs, lr, cbs=GradientAccumulation(8))
     return learn, coco.scores
 
-learn, scores = fit(replace(SHAPES, norm='group', width=16, channels=32, hidden=64, mask_channels=32, min_score=0.), 8, 2, 1e-3, [EMA(.5), SaveState(folder)])
+learn, scores = fit(SHAPES.change(backbone=dict(norm='group', width=16, channels=32), head=dict(hidden=64, mask_channels=32), detection=dict(min_score=0.)), 8, 2, 1e-3, [EMA(.5), SaveState(folder)])
 weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 shipped, names = load_weights('shapes')
 _, uneven = fit(shipped.config, 6, 1, 0., [FrozenNorm()], shipped.state_dict())

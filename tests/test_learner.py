@@ -148,7 +148,7 @@ def test_an_exported_learner_predicts_the_same_in_another_process(tmp_path):
     assert out.returncode == 0, out.stderr[-2000:]
     *found, shape = json.loads(out.stdout)
     here = predict_instances(learn.model, picture)
-    assert len(here) > 0 and shape == [3, TINY.n_detections, 4]
+    assert len(here) > 0 and shape == [3, TINY.detection.n_detections, 4]
     for boxes, scores, area, names in found:
         np.testing.assert_allclose(boxes, here.boxes, atol=1e-3)
         np.testing.assert_allclose(scores, here.scores, atol=1e-5)

@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops as theirs
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from maskrcnn_edu import cuda
+from maskrcnn_edu.boxes import full_frame
 from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import make_shapes
 from maskrcnn_edu.detections import paste_masks, paste_soft
+from maskrcnn_edu.mask_rcnn import frame_of
 from maskrcnn_edu.nms import nms_keep, nms_matrix
 from maskrcnn_edu.roi_align import pyramid_roi_align, roi_align, roi_level
 
@@ -135,7 +137,7 @@ def test_roi_align_of_a_giant_box_is_the_share_of_it_that_is_inside():
 def test_roi_align_on_a_map_without_cells_or_boxes():
     assert roi_align(torch.zeros(2, 3, 0, 5), torch.tensor([[0, 0, 0, 5, 5.]]), 3).eq(0).all()
     assert roi_align(torch.zeros(2, 3, 6, 5), torch.zeros(0, 5), (3, 2)).shape == (0, 3, 3, 2)
-    assert pyramid_roi_align([torch.zeros(2, 3, 8, 8)], torch.zeros(2, 0, 4), 7, (32, 32)).shape == (2, 0, 3, 7, 7)
+    assert pyramid_roi_align([torch.zeros(2, 3, 8, 8)], torch.zeros(2, 0, 4), 7, full_frame((32, 32), torch.zeros(0), 2)).shape == (2, 0, 3, 7, 7)
 
 def test_wrong_arguments_say_so():
     with pytest.raises(ValueError, match='rois must be'): roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(3, 4), 2)
@@ -156,11 +158,12 @@ def pyramid_cases(draw):
 @given(pyramid_cases())
 def test_pyramid_roi_align_is_torchvisions_multiscale(case):
     features, boxes, size, sampling, canonical = case
+    frame = full_frame((128, 128), boxes, len(boxes))
     pool = theirs.MultiScaleRoIAlign(['0', '1', '2', '3'], size, sampling, canonical_scale=canonical)
     expected = pool({str(i): x for i, x in enumerate(features)}, list(boxes), [(128, 128)] * len(boxes))
     filled = torch.rand(boxes.shape[:2]) > .3
-    torch.testing.assert_close(pyramid_roi_align(features, boxes, size, (128, 128), sampling, canonical_size=canonical).flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
-    some = pyramid_roi_align(features, boxes, size, (128, 128), sampling, canonical_size=canonical, filled=filled)
+    torch.testing.assert_close(pyramid_roi_align(features, boxes, size, frame, sampling=sampling, canonical_size=canonical).flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+    some = pyramid_roi_align(features, boxes, size, frame, filled, sampling, canonical_size=canonical)
     torch.testing.assert_close(some[filled], expected[filled.flatten()], atol=1e-5, rtol=1e-5)
     assert not some[~filled].any()
 
@@ -273,7 +276,7 @@ def test_vmap_is_a_loop():
     assert torch.equal(torch.vmap(lambda s: nms_keep(boxes[0], s, .4))(scores), torch.stack([nms_keep(boxes[0], s, .4) for s in scores]))
     features = [torch.randn(3, 2, 4, s, s, generator=g) for s in (16, 8)]
     pair = boxes.view(3, 2, 15, 4)
-    one = lambda *x: pyramid_roi_align(list(x[:2]), x[2], 7, (64, 64), canonical_size=60)
+    one = lambda *x: pyramid_roi_align(list(x[:2]), x[2], 7, full_frame((64, 64), x[2]), canonical_size=60)
     torch.testing.assert_close(torch.vmap(one)(*features, pair), torch.stack([one(*x) for x in zip(*features, pair)]), atol=0, rtol=0)
     fixed = lambda b: one(features[0][0], features[1][0], b)
     torch.testing.assert_close(torch.vmap(fixed)(pair), torch.stack([fixed(b) for b in pair]), atol=0, rtol=0)
@@ -305,7 +308,7 @@ def test_predict_compiled_as_one_graph(model, images):
 def test_predict_exported(model, images):
     class Predict(torch.nn.Module):
         def __init__(self): super().__init__(); self.model = model
-        def forward(self, images): return self.model.detect(self.model.features(images), images.shape[-2:])
+        def forward(self, images): return self.model.detect(self.model.features(images), frame_of(images))
     with torch.no_grad(): program = torch.export.export(Predict().eval(), (images,))
     same(program.module()(images), model.predict(images))
 

@@ -440,7 +440,7 @@ def test_proposal_for_small_and_large_objects(tmp_path):
     assert proposals[1].enlarge == 1 and proposals[1].crop == 128 and proposals[6].enlarge < 1 and tiny.enlarge >= 3
     for p in (*proposals.values(), tiny):
         assert p.reach[.5] > .9 and p.reach[.7] > p.reach['paper'][.7] or p.reach[.7] > .9
-        assert p.config['enlarge'] == p.enlarge and len(p.config['sizes']) == 5 and sorted(p.sizes) == list(p.sizes) and all(r[-1] == '.' for r in p.reasons)
+        assert p.config['enlarge'] == p.enlarge and len(p.config['rpn']['sizes']) == 5 and sorted(p.sizes) == list(p.sizes) and all(r[-1] == '.' for r in p.reasons)
     assert 'enlarge' in str(tiny.reasons)
 
 def test_one_odd_object_does_not_bend_the_anchors():

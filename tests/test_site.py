@@ -217,12 +217,13 @@ def traces(tmp_path_factory):
     import torch
     from maskrcnn_edu.checkpoints import load_weights
     from maskrcnn_edu.data import make_shapes
+    from maskrcnn_edu.trace import trace_model
     model, names = load_weights('shapes')
     s = make_shapes(1, seed=5)[0]
     images = torch.tensor(s.image).permute(2, 0, 1)[None] / 255
     truth = [torch.tensor(x)[None] for x in (s.instances.boxes, s.instances.labels, s.instances.masks())]
     folder = tmp_path_factory.mktemp('traces')
-    return model.trace(images, names=names).to_html(folder/'prediction.html'), model.trace(images, *truth, names=names).to_html(folder/'training.html')
+    return trace_model(model, images, names=names).to_html(folder/'prediction.html'), trace_model(model, images, *truth, names=names).to_html(folder/'training.html')
 
 @needs_browser
 @pytest.mark.parametrize('way,width', [(0, 1280), (1, 390)], ids=['prediction, wide', 'training, narrow'])

@@ -9,14 +9,14 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from maskrcnn_edu import head_targets
 from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import make_shapes
 from maskrcnn_edu.head_targets import crop_masks
 from maskrcnn_edu.learner import to_slots
-from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, used_slots
-from maskrcnn_edu.resnet import ResNet, fold_norms
-from maskrcnn_edu.speed import KINDS, Replay, alternate, kind_of, profile_step
+from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES, frame_of, used_slots
+from maskrcnn_edu.resnet import ResNet
+from maskrcnn_edu.roi_align import roi_align_torch
+from maskrcnn_edu.speed import fold_norms, KINDS, Replay, alternate, kind_of, profile_step
 
 root = Path(__file__).resolve().parent.parent
 CONFIG = SHAPES.change(backbone=dict(width=16, channels=16), head=dict(hidden=32, mask_channels=16))     # 8 channels, channels last, two threads: PyTorch 2.15's convolution crashes on some processors
@@ -39,7 +39,8 @@ def test_used_slots(labels, n):
 def test_empty_slots_change_nothing(more):
     torch.manual_seed(0)
     model, (images, boxes, labels, masks) = MaskRCNN(CONFIG).train(), batch_of()
-    noise = model.draw_noise(3, len(model.ask(model.features(images), (128, 128)).anchors), CONFIG.n_post + 6, boxes)
+    n_anchors = len(model.run_rpn(model.features(images), frame_of(images)).anchors)
+    noise = model.draw_noise(3, n_anchors, CONFIG.rpn.n_post + 6, boxes)
     wide = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, more)) for t in (boxes, labels, masks)]
     found = []
     for truth, dice in (((boxes, labels, masks), noise), (wide, noise._replace(head=F.pad(noise.head, (0, more))))):
@@ -66,19 +67,18 @@ def test_masks_by_the_op(seed, aligned, n, size):
     masks, index = torch.rand(4, 50, 70, generator=g) > .5, torch.randint(4, (n,), generator=g)
     corner = torch.rand(n, 2, generator=g) * 40
     rois = torch.cat([corner, corner + torch.rand(n, 2, generator=g) * 30], 1)
-    ours = align_masks(masks, index, rois, size, aligned)
-    torch.testing.assert_close(ours, crop_masks(masks, index, rois, size, aligned), atol=1e-4, rtol=1e-4)
+    ours = crop_masks(masks, index, rois, size, aligned)
     wide = torch.cat([rois[:, :2], torch.maximum(rois[:, 2:], rois[:, :2] + 1)], 1)
     theirs = torchvision.ops.roi_align(masks[:, None].float(), torch.cat([index[:, None], wide], 1), size, aligned=aligned)[:, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_masks_without_a_compiler(monkeypatch):
-    masks, rois = torch.rand(2, 30, 30) > .5, torch.tensor([[3., 4., 20., 21.], [5., 5., 5.5, 25.]])
-    native = align_masks(masks, torch.tensor([0, 1]), rois)
-    monkeypatch.setattr(head_targets, 'backend', lambda: 'torch')
-    torch.testing.assert_close(align_masks(masks, torch.tensor([0, 1]), rois), native, atol=1e-5, rtol=1e-4)
-    assert align_masks(masks, torch.zeros(0).long(), rois[:0]).shape == (0, 28, 28)
+def test_masks_without_a_compiler():
+    masks, rois = torch.rand(2, 30, 30) > .5, torch.tensor([[3., 4., 20., 21.], [5., 5., 6, 25.]])
+    index = torch.tensor([0, 1])
+    plain = roi_align_torch([masks[:, None].float()], rois, index, torch.zeros_like(index), [1.], 28, 28, 0, False)[:, 0]
+    torch.testing.assert_close(crop_masks(masks, index, rois), plain, atol=1e-5, rtol=1e-4)
+    assert crop_masks(masks, torch.zeros(0).long(), rois[:0]).shape == (0, 28, 28)
 
 
 def test_folded_norms_answer_the_same():

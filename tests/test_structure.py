@@ -43,10 +43,22 @@ def plain(code):
     "Cell without the lines that only IPython understands."
     return '\n'.join('pass' if re.match(r'\s*[%!]', line) else line for line in code.splitlines()) if not code.startswith('%%') else ''
 
-def place(module, places):
-    "Place of a module, or of the module that a name belongs to; the package's own names have none."
+def known(module, places):
+    "The module that a name belongs to; None for the package's own names."
     while module and module not in places: module = module.rpartition('.')[0]
-    return places.get(module, -1)
+    return module or None
+
+# the rooms of the house, from the bottom; in a room lower numbers come first
+CORE = ('boxes anchors resnet fpn rpn_head rpn_targets rpn_loss nms proposals rpn roi_align head_targets box_head box_loss '
+        'mask_head mask_loss detections record mask_rcnn').split()
+ROOMS = dict(core=CORE, drawing=['core'], objects=['instances', 'anchor_sizes'], data=['data'],
+             train=['learner', 'loss_doctor', 'evaluate'],
+             dialects=['dialects.base', 'dialects.torchvision', 'dialects.detectron2', 'dialects.detectron', 'dialects.matterport', 'checkpoints'],
+             looking=['trace'], own=['nuclei', 'own_data'], use=['tiles', 'results', 'report', 'speed'], cli=['train'])
+BELOW = dict(core=[], drawing=[], objects=['core'], data=['core', 'drawing', 'objects'], train=['core', 'drawing', 'objects', 'data'],
+             dialects=['core', 'objects', 'data'], looking=['core', 'drawing', 'objects', 'data'], own=['core', 'drawing', 'objects', 'data', 'train'],
+             use=['core', 'drawing', 'objects', 'data', 'train', 'dialects', 'looking', 'own'], cli=list(ROOMS)[:-1])
+room_of = {m: room for room, modules in ROOMS.items() for m in modules}
 
 
 def test_the_import_finder_sees_every_way_to_import():
@@ -56,13 +68,31 @@ def test_the_import_finder_sees_every_way_to_import():
     assert list(our_imports('from ..core import x', 'cuda.nms')) == ['core']
 
 
+def test_every_module_has_a_room():
+    assert sorted(order()) == sorted(room_of), 'ROOMS in this file must name every module'
+
+def may_import(module, other, places):
+    "Whether the rooms and the order of reading allow it."
+    if room_of[module] == room_of[other]: return places[other] < places[module]
+    return room_of[other] in BELOW[room_of[module]]
+
 @pytest.mark.parametrize('path', numbered, ids=name)
-def test_notebook_and_module_import_lower_numbers_only(path):
+def test_a_module_imports_from_the_rooms_below_and_what_comes_before_it(path):
     places, module = order(), default_exp(path)
-    file = root/package/(module.replace('.', '/') + '.py')
-    sources = [plain(c) for c in cells(path, 'code')] + [file.read_text(encoding='utf-8')]
-    later = {m for code in sources for m in our_imports(code, module) if place(m, places) >= places[module]}
-    assert not later, f'{name(path)} or its module imports {sorted(later)}, which come later'
+    code = (root/package/(module.replace('.', '/') + '.py')).read_text(encoding='utf-8')
+    used = {known(m, places) for m in our_imports(code, module)} - {None}
+    wrong = sorted(m for m in used if not may_import(module, m, places))
+    assert not wrong, f'{module}, of the room {room_of[module]}, imports {wrong}'
+
+@pytest.mark.parametrize('path', numbered, ids=name)
+def test_a_lesson_shows_nothing_that_comes_later_in_its_room(path):
+    "Its demonstrations may draw, and use data and objects; of the core only what was taught."
+    places, module = order(), default_exp(path)
+    used = {known(m, places) for c in cells(path, 'code') for m in our_imports(plain(c), module)} - {None, module}
+    helpers = ('drawing', 'objects', 'data', 'train') if room_of[module] in ('core', 'objects') else tuple(ROOMS)
+    wrong = sorted(m for m in used if not may_import(module, m, places) and not (room_of[m] in helpers and places[m] < 100))
+    later = sorted(m for m in used if room_of[m] == 'core' == room_of[module] and places[m] > places[module])
+    assert not wrong and not later, f'{name(path)} imports {wrong + later}'
 
 
 @pytest.mark.parametrize('path', every_notebook, ids=name)
@@ -84,11 +114,49 @@ def test_notebook_has_title_subtitle_and_no_stored_error(path):
 def test_every_module_comes_from_a_notebook():
     exported = {'__init__.py', '_modidx.py'} | {m.replace('.', '/') + '.py' for m in order()}
     files = {p.relative_to(root/package).as_posix() for p in (root/package).rglob('*.py')}
-    written = {f for f in files - exported - {'cuda/build.py'} if not f.endswith('/__init__.py')}   # what compiles the kernels is no lesson
+    native = {'cuda/build.py', 'cuda/rules.py'}      # what compiles the kernels and makes them known is no lesson
+    written = {f for f in files - exported - native if not f.endswith('/__init__.py')}
     assert not written, f'{sorted(written)} come from no notebook'
     for m in order():
         text = (root/package/(m.replace('.', '/') + '.py')).read_text(encoding='utf-8')
         assert '# AUTOGENERATED! DO NOT EDIT!' in text, f'{m} was written by hand'
+
+
+HEAVY = ['matplotlib', 'pandas', 'scipy', 'skimage', 'pycocotools', 'tifffile', 'fastai', 'h5py', 'IPython', 'safetensors', 'imageio']
+
+def test_the_network_loads_no_more_than_torch_and_its_ops():
+    "In a fresh process; what torch and torchvision.ops load themselves does not count."
+    code = ('import sys, torch, torchvision.ops\nbefore = set(sys.modules)\nimport maskrcnn_edu.mask_rcnn\n'
+            'print(*sorted({m.partition(".")[0] for m in set(sys.modules) - before}))')
+    loaded = subprocess.run([sys.executable, '-c', code], cwd=root, check=True, capture_output=True, text=True).stdout.split()
+    assert not set(loaded) & set(HEAVY), f'importing the network loads {sorted(set(loaded) & set(HEAVY))}'
+    from importlib.metadata import packages_distributions
+    others = set(loaded) & set(packages_distributions()) - {package, 'fastcore', 'torch', 'torchvision'}
+    assert not others, f'importing the network loads {sorted(others)}'
+
+def lines_of_code(text): return sum(1 for line in text.splitlines() if line.strip() and not line.strip().startswith('#'))
+
+def test_the_core_is_the_paper_and_nothing_else():
+    "No other program, few lines, few parameters: a direction that the design gives."
+    total = 0
+    for module in set(CORE) - {'record'}:
+        text = (root/package/f'{module}.py').read_text(encoding='utf-8')
+        total += lines_of_code(text)
+        assert not re.search('matterport|detectron|multimodal|conventions', text, re.I), module
+        for f in ast.walk(ast.parse(text)):
+            if isinstance(f, ast.FunctionDef):
+                names = [a.arg for a in f.args.args + f.args.kwonlyargs if a.arg != 'self']
+                assert len(names) <= 10, f'{module}.{f.name} has {len(names)} parameters'
+    assert total <= 1500, f'the core has {total} lines'
+
+@pytest.mark.parametrize('path', [p for p in numbered if room_of[default_exp(p)] in ('core', 'objects')], ids=name)
+def test_exported_cells_of_the_core_are_short(path):
+    for code in cells(path, 'code'):
+        exported = re.match(r'#\|\s*export', code) is not None
+        rows = [line for line in code.splitlines() if line.strip()]
+        if exported and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body):
+            assert len(rows) <= 26, f'{name(path)}: {rows[1]} has {len(rows) - 1} lines'
+        assert not [line for line in code.splitlines() if len(line) > 100], f'{name(path)}: {max(code.splitlines(), key=len)}'
 
 
 @pytest.fixture

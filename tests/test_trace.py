@@ -9,9 +9,10 @@ from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.data import make_shapes
 from maskrcnn_edu.detections import detect
 from maskrcnn_edu.head_targets import head_targets
-from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES, grad_cam
+from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, Parts, SHAPES, frame_of
+from maskrcnn_edu.record import Noting
 from maskrcnn_edu.roi_align import pyramid_roi_align, roi_level
-from maskrcnn_edu.trace import BOXES, Noting, png_text, trace_page
+from maskrcnn_edu.trace import BOXES, grad_cam, png_text, trace_model, trace_page
 
 def render(fig):
     "Draw it all, coarsely."
@@ -37,21 +38,22 @@ def batch_of(samples, slots=8):
 def batch(): return batch_of(make_shapes(2, seed=5))
 
 @pytest.fixture(scope='module')
-def prediction(model, batch, names): return model.trace(batch[0], names=names)
+def prediction(model, batch, names): return trace_model(model, batch[0], names=names)
 
 @pytest.fixture(scope='module')
-def training(model, batch, names): return model.trace(*batch, names=names)
+def training(model, batch, names): return trace_model(model, *batch, names=names)
 
 
 def test_prediction_is_that_of_predict(model, batch, prediction):
     plain = model.predict(batch[0])
     assert (plain.labels > 0).any() and all(torch.equal(a, b) for a, b in zip(prediction['detections'], plain))
     assert all(torch.equal(a, b) for a, b in zip(prediction['features'], model.features(batch[0])))
-    rpn = model.rpn(prediction['features'], batch[0].shape[-2:])
+    frame = frame_of(batch[0])
+    rpn = model.rpn(prediction['features'], frame)
     for name in ('anchors', 'objectness', 'deltas'): assert torch.equal(prediction[name], getattr(rpn, name))
     p = model.rpn.propose(rpn, model.config.rpn.n_pre_predict, model.config.rpn.n_post_predict)
     assert all(torch.equal(a, b) for a, b in zip(prediction['proposals'], p))
-    with torch.no_grad(): logits, deltas = model.box_branch(prediction['features'], p.boxes, p.valid, batch[0].shape[-2:])
+    with torch.no_grad(): logits, deltas = model.box_branch(prediction['features'], p.boxes, p.valid, frame)
     assert torch.equal(prediction['class_logits'], logits) and torch.equal(prediction['box_deltas'], deltas)   # of the first look
     assert torch.equal(prediction['mask_rois'], plain.boxes)
 
@@ -62,8 +64,8 @@ def test_losses_are_those_of_forward(model, batch, training):
 
 def test_shapes_are_those_of_the_design(model, prediction, training):
     c, B = model.config, 2
-    A, m = len(prediction['anchors']), c.n_masks
-    R, P, D, K, C = c.n_rois, c.n_post_predict, c.n_detections, c.n_classes, c.channels
+    A, m = len(prediction['anchors']), c.head.n_masks
+    R, P, D, K, C = c.head.n_rois, c.rpn.n_post_predict, c.detection.n_detections, c.n_classes, c.backbone.channels
     shapes = lambda t: {k: tuple(x.shape) for k, x in t.tensors().items()}
     expected = {'images': (B, 3, 128, 128), 'anchors': (A, 4), 'objectness': (B, A), 'deltas': (B, A, 4), 'P2': (B, C, 32, 32), 'P6': (B, C, 2, 2)}
     assert expected.items() <= shapes(prediction).items() and expected.items() <= shapes(training).items()
@@ -72,17 +74,17 @@ def test_shapes_are_those_of_the_design(model, prediction, training):
             'box_deltas': (B, P, K, 4), 'mask_features': (B, D, C, 14, 14), 'mask_logits': (B, D, K, 28, 28), 'detections.boxes': (B, D, 4), 'detections.labels': (B, D),
             'detections.scores': (B, D), 'detections.masks': (B, D, 28, 28)}.items() <= shapes(prediction).items()
     assert {'rpn_targets.labels': (B, A), 'rpn_targets.target_deltas': (B, A, 4), 'head_targets.rois': (B, R, 4), 'head_targets.labels': (B, R), 'head_targets.target_deltas': (B, R, 4),
-            'head_targets.target_masks': (B, R // 2, 28, 28), 'mask_logits': (B, m, K, 28, 28), 'losses.loss_mask': ()}.items() <= shapes(training).items()
+            'head_targets.target_masks': (B, m, 28, 28), 'mask_logits': (B, m, K, 28, 28), 'losses.loss_mask': ()}.items() <= shapes(training).items()
 
 def test_the_model_is_left_as_it_was(batch):
     model = MaskRCNN(SHAPES).train()
     model.backbone.body.bn1.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.trace(batch[0]), model.trace(*batch)
+    trace_model(model, batch[0]), trace_model(model, *batch)
     assert model.training and not model.backbone.body.bn1.training and model.notes is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
     assert not model.backbone.body._forward_hooks
-    with pytest.raises(ValueError, match="4 channels"): model.trace(torch.rand(1, 4, 64, 64))
+    with pytest.raises(ValueError, match="4 channels"): trace_model(model, torch.rand(1, 4, 64, 64))
     assert model.notes is None and model.training and not model.backbone.body._forward_hooks
 
 def test_nothing_is_kept_while_nobody_listens(model, batch):
@@ -90,7 +92,7 @@ def test_nothing_is_kept_while_nobody_listens(model, batch):
     assert model.notes is None and Noting.notes is None
 
 def test_a_part_of_the_truth_is_too_little(model, batch):
-    with pytest.raises(ValueError, match='all three'): model.trace(batch[0], batch[1])
+    with pytest.raises(ValueError, match='all three'): trace_model(model, batch[0], batch[1])
 
 
 def test_every_box_shows_for_every_image(prediction, training):
@@ -122,13 +124,13 @@ def test_untrained_models_and_images_without_objects(config):
     model, image = MaskRCNN(config), torch.full((1, 3, 64, 128), .5)
     nothing = torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1, 0, 64, 128)
     empty = torch.zeros(1, 3, 4), torch.zeros(1, 3).long(), torch.zeros(1, 3, 64, 128)
-    for t in (model.trace(image), model.trace(image, *nothing), model.trace(image, *empty)):
+    for t in (trace_model(model, image), trace_model(model, image, *nothing), trace_model(model, image, *empty)):
         for box in t.boxes(): render(t.show(box))
 
 def test_nan_in_the_weights_is_seen(batch):
     model = MaskRCNN(SHAPES)
     with torch.no_grad(): model.rpn.head.bbox_pred.weight.fill_(torch.nan)
-    t = model.trace(batch[0])
+    t = trace_model(model, batch[0])
     sick = [r.name for r in t.table() if r.nans]
     assert sick[0] == 'deltas'
     for box in t.boxes(): render(t.show(box))
@@ -152,14 +154,14 @@ def test_page_holds_all_it_needs(model, batch, prediction, training, names, tmp_
         assert all(a.startswith('data:') for a in page.asks) and '@import' not in text and not re.search(r'url\((?!data:)', text)
         assert len(page.ids) == len(set(page.ids)) and {f'panel-{b}' for b in BOXES} <= set(page.dialogs)
         assert len(page.alts) == len(t.boxes()) and all(len(a) > 20 for a in page.alts)
-        assert {a for a in page.links if not a.startswith('#')} == {f'https://example.org/{b.lesson}.html' for b in BOXES.values()} | {a for a in page.links if re.search(r'org/(00|01|2\d)_', a)}
+        assert {a for a in page.links if not a.startswith('#')} == {f'https://example.org/{b.lesson}.html' for b in BOXES.values()} | {a for a in page.links if re.search(r'org/(00|01|2\d|55)_', a)}
         assert all(a[1:] in page.ids for a in page.links if a.startswith('#')) and 'prefers-color-scheme: dark' in text and 'width=device-width' in text
     path = trace_page(model, batch[0], tmp_path/'other.html', names, image=1)
     hrefs = [a for a in re.findall(r'<a href="([^"#]+)">Lesson', path.read_text(encoding='utf-8'))]
     assert len(hrefs) >= 18 and all((tmp_path/h).resolve().is_file() for h in hrefs)
 
 def test_names_are_escaped(model, batch, tmp_path):
-    text = model.trace(batch[0], names=['background', '<b>', '&', '"']).to_html(tmp_path/'x.html', title='<script>').read_text(encoding='utf-8')
+    text = trace_model(model, batch[0], names=['background', '<b>', '&', '"']).to_html(tmp_path/'x.html', title='<script>').read_text(encoding='utf-8')
     assert '<title>&lt;script&gt;' in text and '<b>' not in text
 
 
@@ -184,7 +186,8 @@ def test_parts_given_to_the_constructor_are_used(batch):
     def of(function, name):
         def call(*args, **kwargs): calls.append(name); return function(*args, **kwargs)
         return call
-    model = MaskRCNN(SHAPES, pool=of(pyramid_roi_align, 'pool'), build_targets=of(head_targets, 'targets'), filter=of(detect, 'filter')).eval()
+    parts = Parts(roi_align=of(pyramid_roi_align, 'pool'), head_targets=of(head_targets, 'targets'), detect=of(detect, 'filter'))
+    model = MaskRCNN(SHAPES, parts).eval()
     expected = MaskRCNN(SHAPES).eval()
     expected.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.predict(batch[0]), expected.predict(batch[0])))
