@@ -96,12 +96,13 @@ def paste_soft(
     width: int,      # of the picture
     aligned=False,   # boxes are exact, not cut to whole pixels
 ) -> Tensor:         # (D, H, W) in 0..1
-    "Small masks at their places in the picture, how sure of every pixel."
+    "Small masks at their places in the picture, a probability for every pixel."
     size = masks.shape[-1] + 2
     x1, y1, x2, y2 = whole_box(boxes, masks.shape[-1], aligned).unbind(-1)
     rows = torch.arange(height, device=boxes.device).expand(len(boxes), -1)
     cols = torch.arange(width, device=boxes.device).expand(len(boxes), -1)
-    wy, wx = pixel_weights(y1, y2, rows, size), pixel_weights(x1, x2, cols, size)    # (D, H, S+2), (D, W, S+2)
+    wy = pixel_weights(y1, y2, rows, size)                                           # (D, H, S+2)
+    wx = pixel_weights(x1, x2, cols, size)                                           # (D, W, S+2)
     return wy.to(masks) @ F.pad(masks, (1, 1, 1, 1)) @ wx.to(masks).transpose(1, 2)  # (D, H, W)
 
 # %% ../nbs/18_detections.ipynb #486958eb

@@ -52,59 +52,49 @@ def crop_boxes(
 # %% ../nbs/18b_instances.ipynb #18b00006
 @patch(cls_method=True)
 def from_masks(cls: Instances,
-    masks, # (n,H,W) bool or 0/1
-    labels, # (n,) int
-    scores=None, # (n,) float
-    boxes=None, # (n,4) xyxy; the extents of the pixels if not given
+    masks,        # (n, H, W) bool or 0/1
+    labels,       # (n,) int
+    scores=None,  # (n,) float
+    boxes=None,   # (n, 4) xyxy; the extents of the pixels if not given
 ):
-    "Objects from full-size masks"
+    "Objects from full-size masks."
     cuts = [tight(m) for m in masks]
     origins = np.array([c[1:] for c in cuts], np.int64).reshape(-1, 2)
     crops = [c[0] for c in cuts]
-    boxes = (
-        crop_boxes(crops, origins)
-        if boxes is None
-        else np.asarray(boxes, np.float32).reshape(-1, 4)
-    )
+    boxes = crop_boxes(crops, origins) if boxes is None else np.asarray(boxes, np.float32)
     scores = None if scores is None else np.asarray(scores, np.float32)
-    return cls(
-        tuple(map(int, np.shape(masks)[-2:])),
-        boxes,
-        np.asarray(labels, np.int64).reshape(-1),
-        crops,
-        origins,
-        scores,
-    )
+    labels = np.asarray(labels, np.int64).reshape(-1)
+    size = tuple(map(int, np.shape(masks)[-2:]))
+    return cls(size, boxes.reshape(-1, 4), labels, crops, origins, scores)
 
+# %% ../nbs/18b_instances.ipynb #18b00006a
 @patch
-def masks(self: Instances): # (n,H,W) uint8
-    "Full-size masks"
-    out = np.zeros((len(self), *self.size), np.uint8)  # (n,H,W)
+def masks(self: Instances):   # (n, H, W) uint8
+    "Full-size masks."
+    out = np.zeros((len(self), *self.size), np.uint8)  # (n, H, W)
     for mask, crop, (y, x) in zip(out, self.crops, self.origins):
         mask[y:y + crop.shape[0], x:x + crop.shape[1]] = crop
     return out
 
+
 @patch
 def __getitem__(self: Instances,
-    keep, # (n,) bool, or indices
-): # Instances
-    "Some of the objects"
+    keep,   # (n,) bool, or indices
+):          # Instances
+    "Some of the objects."
     keep = np.arange(len(self))[keep].reshape(-1)
-    return replace(
-        self,
-        boxes=self.boxes[keep],
-        labels=self.labels[keep],
-        crops=[self.crops[i] for i in keep],
-        origins=self.origins[keep],
-        scores=None if self.scores is None else self.scores[keep],
-    )
+    crops = [self.crops[i] for i in keep]
+    scores = None if self.scores is None else self.scores[keep]
+    return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crops=crops,
+                   origins=self.origins[keep], scores=scores)
 
 # %% ../nbs/18b_instances.ipynb #18b00007
 @patch
-def label_map(self: Instances): # (H,W) int32
-    "0 for background, i+1 for object i; in an overlap the higher score wins, without scores the later one"
+def label_map(self: Instances):   # (H, W) int32
+    "0 for background, i+1 for object i; the higher score wins, without scores the later one."
     out = np.zeros(self.size, np.int32)
-    order = range(len(self)) if self.scores is None else np.argsort(self.scores, kind='stable')
+    every = range(len(self))
+    order = every if self.scores is None else np.argsort(self.scores, kind='stable')
     for i in order:
         (y, x), (h, w) = self.origins[i], self.crops[i].shape
         out[y:y + h, x:x + w][self.crops[i]] = i + 1
@@ -113,27 +103,26 @@ def label_map(self: Instances): # (H,W) int32
 # %% ../nbs/18b_instances.ipynb #18b00008
 @patch
 def window(self: Instances,
-    y, # pixels, first row of the window; may be negative
-    x, # pixels, first column
-    h, # pixels, height
-    w, # pixels, width
-): # Instances of size (h,w)
-    "The objects seen through a window, in its frame; boxes recomputed from the pixels"
-    shift = self.origins - (y, x)  # (n,2) corners in the window's frame
+    y,   # pixels, first row of the window; may be negative
+    x,   # pixels, first column
+    h,   # pixels, height
+    w,   # pixels, width
+):       # Instances of size (h, w)
+    "The objects seen through a window, in its frame; boxes recomputed from the pixels."
+    shift = self.origins - (y, x)  # (n, 2) corners in the window's frame
     ends = shift + np.array([c.shape for c in self.crops]).reshape(-1, 2)
     kept, crops, origins = [], [], []
     for i in np.flatnonzero(((ends > 0) & (shift < (h, w))).all(1)):
-        (top, left) = shift[i]
-        crop, cy, cx = tight(self.crops[i][max(-top, 0):h - top, max(-left, 0):w - left])
-        if crop.size:
-            kept.append(i), crops.append(crop), origins.append(
-                (cy + max(top, 0), cx + max(left, 0))
-            )
-    origins = np.array(origins, np.int64).reshape(-1, 2)
-    some = self[np.array(kept, int)]
-    return replace(
-        some, size=(h, w), crops=crops, origins=origins, boxes=crop_boxes(crops, origins)
-    )
+        top, left = shift[i]
+        part = self.crops[i][max(-top, 0):h - top, max(-left, 0):w - left]
+        crop, cy, cx = tight(part)
+        if not crop.size: continue
+        kept.append(i)
+        crops.append(crop)
+        origins.append((cy + max(top, 0), cx + max(left, 0)))
+    some, origins = self[np.array(kept, int)], np.array(origins, np.int64).reshape(-1, 2)
+    boxes = crop_boxes(crops, origins)
+    return replace(some, size=(h, w), crops=crops, origins=origins, boxes=boxes)
 
 # %% ../nbs/18b_instances.ipynb #18b00009
 def paste_crop(

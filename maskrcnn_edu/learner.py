@@ -50,7 +50,7 @@ from torchvision import models
 from .core import set_seed, show_boxes, show_image, show_instances, show_masks
 from .data import DataError, InstanceDataset, read_image, write_atomic
 from .instances import Door, Instances, to_instances
-from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES, frame_of
+from .mask_rcnn import BackboneConfig, MaskRCNN, MaskRCNNConfig, SHAPES, frame_of
 from .resnet import spread_channels
 
 # %% ../nbs/20_learner.ipynb #b5cf1a37
@@ -258,7 +258,7 @@ def measure_channels(
     dataset: InstanceDataset,
 ) -> dict[str, tuple]:          # mean, std: a number for each channel, in 0..1
     "Mean and deviation of every channel over all pictures, for the configuration; of three colours, those of ImageNet."
-    if (n := dataset[0].image.shape[-1]) == 3: return dict(mean=MaskRCNNConfig.mean, std=MaskRCNNConfig.std)
+    if (n := dataset[0].image.shape[-1]) == 3: return dict(mean=BackboneConfig.mean, std=BackboneConfig.std)
     total, square, pixels = np.zeros(n), np.zeros(n), 0
     for s in dataset:
         if s.image.shape[-1] != n: raise DataError(f'{s.name}: the picture has {s.image.shape[-1]} channels but {dataset.names[0]} has {n}; all pictures need the same.')
@@ -604,7 +604,7 @@ def load_imagenet(
     model: MaskRCNN,
 ) -> MaskRCNN:          # the same, with a trained backbone
     "Start from torchvision's ImageNet weights; needs the internet the first time."
-    c = model.config
+    c = model.config.backbone
     weights = IMAGENET.get((tuple(c.layers), c.bottleneck)) if c.width == 64 else None
     if weights is None: raise ValueError(f'pretrained: there are no ImageNet weights for layers={c.layers}, width={c.width}; use RESNET18, 34, 50 or 101, or pretrained=False.')
     try: state = weights.get_state_dict(progress=True)

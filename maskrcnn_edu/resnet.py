@@ -8,6 +8,7 @@ __all__ = ['TINY', 'RESNET18', 'RESNET34', 'RESNET50', 'RESNET101', 'shortcut', 
 
 # %% ../nbs/04_resnet.ipynb #c46698e8
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/04_resnet.ipynb #12b5f5df
@@ -97,15 +98,17 @@ class ResNet(nn.Module):
         self.layer4 = stage(block, self.channels[2], 8 * width, layers[3], 2, norm)
         self.apply(init_conv)
 
-    def forward(self,
-        images: Tensor,  # (B, in_channels, H, W)
-    ) -> list[Tensor]:   # C2..C5
-        c1 = self.relu(self.maxpool(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
-        c2 = self.layer1(c1)  # (B, C2, H/4, W/4)
-        c3 = self.layer2(c2)  # (B, C3, H/8, W/8)
-        c4 = self.layer3(c3)  # (B, C4, H/16, W/16)
-        c5 = self.layer4(c4)  # (B, C5, H/32, W/32)
-        return [c2, c3, c4, c5]
+# %% ../nbs/04_resnet.ipynb #d167cfdfa
+@patch
+def forward(self: ResNet,
+    images: Tensor,  # (B, in_channels, H, W)
+) -> list[Tensor]:   # C2..C5
+    c1 = self.relu(self.maxpool(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
+    c2 = self.layer1(c1)  # (B, C2, H/4, W/4)
+    c3 = self.layer2(c2)  # (B, C3, H/8, W/8)
+    c4 = self.layer3(c3)  # (B, C4, H/16, W/16)
+    c5 = self.layer4(c4)  # (B, C5, H/32, W/32)
+    return [c2, c3, c4, c5]
 
 # %% ../nbs/04_resnet.ipynb #c6626b1b
 TINY = dict(layers=(2, 2, 2, 2), bottleneck=False, width=32)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['roi_align_op', 'roi_align_backward', 'neighbours', 'sample_points', 'roi_level', 'flatten_pyramid', 'grid_rows',
-           'bin_rows', 'bin_weights', 'usable', 'each_box', 'sum_bins', 'roi_align_torch', 'pyramid_roi_align',
+           'bin_rows', 'sum_bins', 'bin_weights', 'usable', 'each_box', 'roi_align_torch', 'pyramid_roi_align',
            'roi_align', 'scatter_slots']
 
 # %% ../nbs/12_roi_align.ipynb #e53857ec
@@ -107,6 +107,15 @@ def bin_rows(
     xs = sample_points(x1, x2, size[1], sampling, aligned)
     return grid_rows(ys, xs, image, level, height, width, size, sampling)
 
+# %% ../nbs/12_roi_align.ipynb #0afb2016
+def sum_bins(features, boxes, image, level, scales, size, sampling, aligned):
+    "Each bin's weighted sum of rows of the table: (N, C, bins down, bins across)."
+    maps = [tuple(f.shape[-2:]) for f in features]
+    rows, weights = bin_rows(boxes, image, level, maps, scales, size, sampling, aligned)
+    sums = F.embedding_bag(rows.flatten(0, 2), flatten_pyramid(features), mode='sum',
+                           per_sample_weights=weights.flatten(0, 2))
+    return sums.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
+
 # %% ../nbs/12_roi_align.ipynb #30cf1321
 def bin_weights(
     start: Tensor,  # () near edge of the box along one axis, in cells
@@ -126,9 +135,9 @@ def bin_weights(
     first = torch.zeros_like(near)                       # of many points those inside the map only
     if sampling <= 0: first = ((-1 - near) / step).floor().sub(2).clamp(min=0)
     n = min(int(points), 2 * cells + 8)
-    point = first[:, None] + torch.arange(n, device=start.device)                         # (size, n)
+    point = first[:, None] + torch.arange(n, device=start.device)  # (size, n)
     position = torch.where(point < points, near[:, None] + (point + 0.5) * step, torch.nan)
-    index, weights = neighbours(position, cells)                                              # (size, n, 2)
+    index, weights = neighbours(position, cells)  # (size, n, 2)
     weights = weights.flatten(1) / points.clamp(min=1)
     return start.new_zeros(size, cells).scatter_add(1, index.flatten(1), weights)
 
@@ -150,15 +159,6 @@ def each_box(features, boxes, image, level, scales, height, width, sampling, ali
         h, w = features[l].shape[-2:]
         rows = bin_weights(y1, y2, height, sampling, aligned, h)
         yield n, l, b, rows, bin_weights(x1, x2, width, sampling, aligned, w)
-
-# %% ../nbs/12_roi_align.ipynb #0afb2016
-def sum_bins(features, boxes, image, level, scales, size, sampling, aligned):
-    "Each bin's weighted sum of rows of the table: (N, C, bins down, bins across)."
-    maps = [tuple(f.shape[-2:]) for f in features]
-    rows, weights = bin_rows(boxes, image, level, maps, scales, size, sampling, aligned)
-    sums = F.embedding_bag(rows.flatten(0, 2), flatten_pyramid(features), mode='sum',
-                           per_sample_weights=weights.flatten(0, 2))
-    return sums.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
 
 # %% ../nbs/12_roi_align.ipynb #0afb2016a
 def roi_align_torch(

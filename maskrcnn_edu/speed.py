@@ -57,8 +57,8 @@ def fold_norms(
         for conv, norm in PAIRS:
             a, b = getattr(m, conv, None), getattr(m, norm, None)
             if isinstance(a, nn.Conv2d) and isinstance(b, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-                setattr(m, conv, fuse_conv_bn_eval(a, b))
-                setattr(m, norm, nn.Identity())
+                m.register_module(conv, fuse_conv_bn_eval(a, b))
+                m.register_module(norm, nn.Identity())
     return module
 
 # %% ../nbs/23f_speed.ipynb #23f00014

@@ -59,9 +59,14 @@ def defined(code):
     out = {}
     for node in ast.parse(plain(code)).body:
         uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): out[node.name] = uses
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): out[patched(node) or node.name] = uses
         if isinstance(node, ast.Assign): out |= {t.id: uses for t in node.targets if isinstance(t, ast.Name)}
     return {k: v for k, v in out.items() if not k.startswith('_')}
+
+def patched(node):
+    "The class of a `forward` that `@patch` adds to it: whoever calls an instance uses it."
+    is_patch = any('patch' in ast.dump(d) for d in node.decorator_list)
+    return node.args.args[0].annotation.id if is_patch and node.name == 'forward' else None
 
 def without_evidence(cells, within=3):
     "Exported names that none of the next code cells that are not exported use, directly or through another name that one uses."

@@ -9,7 +9,7 @@ targets = root/'nbs/images/overview.svg', root/'maskrcnn_edu/overview.svg'
 width, height = 1150, 950
 notebooks = dict(enumerate(
     'core boxes shapes anchors resnet fpn rpn_head rpn_targets rpn_loss nms proposals rpn roi_align head_targets '
-    'box_head box_loss mask_head mask_loss detections mask_rcnn learner evaluate checkpoints nuclei train'.split()))
+    'box_head box_loss mask_head mask_loss detections mask_rcnn learner evaluate'.split())) | {23: 'nuclei', 24: 'train', 55: 'checkpoints'}
 number = {('data' if name == 'shapes' else name): n for n, name in notebooks.items()}   # module -> notebook number
 style = '''
 .mrcnn-overview text {font-family: Helvetica, Arial, "Liberation Sans", sans-serif; fill: #1f2937; text-anchor: middle}

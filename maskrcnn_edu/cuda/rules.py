@@ -75,7 +75,7 @@ def backward(ctx, grad):
 def no_second(ctx, *grads):
     "A second derivative is asked for."
     raise NotImplementedError('roi_align has no second derivative; leave out create_graph=True, '
-                              'or use roi_align_loop, which is made of PyTorch alone.')
+                              'or write it in PyTorch alone, as the loop of lesson 12 does.')
 
 
 def merge(info, dims, features, boxes):
