@@ -7,6 +7,8 @@ from convert import answers, lessons, nbs, root, title
 
 here = Path(__file__).resolve().parent
 tests = sorted((root/'tests').glob('test_*.py'))
+ROOMS = {'Boxes and data': ('00', '03'), 'Backbone': ('04', '05'), 'RPN': ('06', '11'), 'Head': ('12', '18'), 'The model': ('19', '19'),
+         'Training': ('20', '22'), 'Using': ('23', '24'), 'Looking': ('40', '49'), 'Other programs': ('50', '59')}   # first and last number
 
 
 def toctree(caption, entries): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(entries) + '\n```'
@@ -30,7 +32,8 @@ def index(modules):
     cells = list(convert.cells(nbs/'index.ipynb'))
     if not any('class="diagram"' in str(c) for c in cells):
         cells.insert(1, dict(cell_type='markdown', metadata={}, source=convert.diagram((nbs/'images/overview.svg').read_text(encoding='utf-8'))))
-    trees = [toctree('Lessons', [f'{number(p)} {title(p)} <{p.stem}>' for p in lessons]),
+    rooms = {room: [p for p in lessons if first <= number(p)[:2] <= last] for room, (first, last) in ROOMS.items()}
+    trees = [*(toctree(room, [f'{number(p)} {title(p)} <{p.stem}>' for p in ps]) for room, ps in rooms.items() if ps),
              toctree('Answers', [f'{number(p)} {title(p).removeprefix("Answers: ")} <solutions/{p.stem}>' for p in answers]),
              toctree('Reference', ['Modules <api/index>', 'Tests <tests/index>'])]
     return convert.notebook(cells + [dict(cell_type='markdown', metadata={}, source='\n\n'.join(trees))])
@@ -42,7 +45,7 @@ def write(path, text):
 def sources(folder):
     "All pages as Sphinx reads them."
     by_module = {convert.module(p): p for p in lessons}
-    modules = [*by_module, 'cuda', 'cuda.build']
+    modules = [*by_module, 'cuda', 'cuda.build', 'cuda.rules']
     write(folder/'index.ipynb', index(modules))
     for p in lessons:
         first, *rest = convert.cells(p)

@@ -14,7 +14,8 @@ def read(path): return json.loads(path.read_text(encoding='utf-8'))
 
 def directives(code):
     "`#| name: value` lines -> {name: value}, and the code without them."
-    found = dict((m[1], m[2].strip()) for m in re.finditer(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', code, re.M))
+    joined_up = re.sub(r'\n#\|[ \t]{3,}', ' ', code)     # a value may go on in indented lines
+    found = dict((m[1], m[2].strip()) for m in re.finditer(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', joined_up, re.M))
     return found, re.sub(r'^#\|.*\n?', '', code, flags=re.M).strip('\n')
 
 def title(path):
