@@ -41,12 +41,18 @@ def pair_iou(
     truth, # Instances, g of them
     found, # Instances, d of them
     kind='mask', # or 'box'
-    crowd=None, # (g,) bool: regions of many objects; the part of the found object that lies in them is the overlap
+    # (g,) bool: regions of many objects; the part of the found object that lies in them is
+    # the overlap
+    crowd=None,
 ): # (g,d) float
     "IoU of every true object with every found one"
     if not len(truth) or not len(found): return np.zeros((len(truth), len(found)))
-    xywh = lambda boxes: np.concatenate([boxes[:, :2], boxes[:, 2:].astype(float) - boxes[:, :2]], 1).astype(float)
-    f, t = (found.rles(), truth.rles()) if kind == 'mask' else (xywh(found.boxes), xywh(truth.boxes))
+    xywh = lambda boxes: np.concatenate(
+        [boxes[:, :2], boxes[:, 2:].astype(float) - boxes[:, :2]], 1
+    ).astype(float)
+    f, t = (
+        (found.rles(), truth.rles()) if kind == 'mask' else (xywh(found.boxes), xywh(truth.boxes))
+    )
     return coco_mask.iou(f, t, [0] * len(truth) if crowd is None else [int(c) for c in crowd]).T
 
 def mask_iou(truth, found): return pair_iou(truth, found)
@@ -65,7 +71,8 @@ def choose(
     return np.array(pairs, int).reshape(-1, 2)
 
 
-Match = namedtuple('Match', 'pairs wrong missed')  # pairs (n,2) of indices into truth and found; indices into found; into truth
+# pairs (n,2) of indices into truth and found; indices into found; into truth
+Match = namedtuple('Match', 'pairs wrong missed')
 
 def match(
     truth, # Instances
@@ -91,7 +98,11 @@ def outline(
     for crop, (y, x) in zip(instances.crops, instances.origins):
         padded = np.pad(crop.astype(float), 1)  # closes the outline at the crop's border
         h, w = padded.shape
-        if crop.size: ax.contour(np.arange(w) + x - 1, np.arange(h) + y - 1, padded, [.5], colors=[colour], linewidths=1.2, linestyles=style)
+        if crop.size:
+            ax.contour(
+                np.arange(w) + x - 1, np.arange(h) + y - 1, padded, [0.5], colors=[colour],
+                linewidths=1.2, linestyles=style,
+            )
 
 def caption_places(
     boxes, # (n,4)
@@ -103,7 +114,8 @@ def caption_places(
     for x1, y1, x2, _ in boxes:
         side = 'left' if x1 + x2 < size[1] else 'right'
         x, y = (max(x1, 0) if side == 'left' else min(x2, size[1] - 1)), max(y1, height * size[0])
-        while any(abs(y - other) < height * size[0] for _, other, _ in places): y += height * size[0] / 4
+        while any(abs(y - other) < height * size[0] for _, other, _ in places):
+            y += height * size[0] / 4
         places.append((x, y, side))
     return places
 
@@ -117,7 +129,8 @@ def show_differences(
     captions=8, # class, score and IoU of each object, where there are no more than this
     names=None, # of classes, 'background' first
 ): # axes
-    "Right: green. Wrong: red, dotted, with a cross. Missed: white, dashed. Captions: class, score, largest IoU with a true object"
+    """Right: green. Wrong: red, dotted, with a cross. Missed: white, dashed. Captions: class,
+    score, largest IoU with a true object"""
     ax, m = show_image(image, ax=ax, title=title), match(truth, found, iou)
     outline(ax, truth[m.missed], ROLE_COLOURS['gt'], 'dashed')
     outline(ax, found[m.wrong], ROLE_COLOURS['negative'], 'dotted')
@@ -126,9 +139,21 @@ def show_differences(
     best = mask_iou(truth, found).max(0, initial=0)
     for j, (x, y, side) in enumerate(caption_places(found.boxes, truth.size)):
         wrong = j in m.wrong
-        text = f"{'✗' if wrong else '✓'} {names[found.labels[j]] + ' ' if names else ''}{found.scores[j]:.2f}, IoU {best[j]:.2f}"
-        ax.text(x, y, text, fontsize=8, va='bottom', ha=side, clip_on=True,
-            bbox=dict(facecolor=ROLE_COLOURS['negative' if wrong else 'positive'], edgecolor='none', pad=.6, alpha=.8))
+        text = (f"{'✗' if wrong else '✓'} {names[found.labels[j]] + ' ' if names else ''}"
+                f"{found.scores[j]:.2f}, IoU {best[j]:.2f}")
+        ax.text(
+            x,
+            y,
+            text,
+            fontsize=8,
+            va='bottom',
+            ha=side,
+            clip_on=True,
+            bbox=dict(
+                facecolor=ROLE_COLOURS['negative' if wrong else 'positive'], edgecolor='none',
+                pad=0.6, alpha=0.8,
+            ),
+        )
     return ax
 
 # %% ../nbs/21_evaluate.ipynb #98a96edb
@@ -155,7 +180,8 @@ class Compared:
     kind: str = 'mask' # or 'box'
 
     def areas(self, found): # (n,) pixels of the found or of the true objects
-        if found and self.kind == 'box': return (self.found.boxes[:, 2:] - self.found.boxes[:, :2]).astype(float).prod(1)
+        if found and self.kind == 'box':
+            return (self.found.boxes[:, 2:] - self.found.boxes[:, :2]).astype(float).prod(1)
         return np.array([c.sum() for c in (self.found if found else self.truth).crops], float)
 
 def compare(
@@ -202,7 +228,10 @@ def average_precision(
         ignored = c.crowd[t] | outside(c.areas(False)[t])
         verdict = judge(c.iou[t][:, f], ignored, c.crowd[t], iou)
         counts = (verdict == 1) | (verdict == 0) & ~outside(c.areas(True)[f])
-        right, scores, n = [*right, *(verdict[counts] == 1)], [*scores, *c.found.scores[f][counts]], n + (~ignored).sum()
+        right, scores, n = (
+            [*right, *(verdict[counts] == 1)], [*scores, *c.found.scores[f][counts]],
+            n + (~ignored).sum(),
+        )
     return precision_curve(right, scores, n).mean() if n else np.nan
 
 # %% ../nbs/21_evaluate.ipynb #08669c62
@@ -221,7 +250,9 @@ class CocoEval:
     def __init__(self,
         classes, # names, 'background' first
         max_dets=100, # of an image that count, best first; COCO says 100, nuclei need more
-        sides=(32, 96), # pixels: squares of these sides part small, medium and large; COCO's are meant for pictures of 640 by 480
+        # pixels: squares of these sides part small, medium and large; COCO's are meant
+        # for pictures of 640 by 480
+        sides=(32, 96),
     ):
         self.classes, self.max_dets, self.sides = list(classes), max_dets, sides
         self.images, self.truth, self.found, self.evals = [], [], [], {}
@@ -232,8 +263,13 @@ class CocoEval:
         crowd=None, # (g,) bool: regions of many objects
     ):
         "One image"
-        if found.scores is None: raise ValueError('the found objects have no scores; average precision sorts by them')
-        if tuple(truth.size) != tuple(found.size): raise ValueError(f'truth is of an image of {truth.size}, found of {found.size}; paste the masks in the image they belong to')
+        if found.scores is None:
+            raise ValueError('the found objects have no scores; average precision sorts by them')
+        if tuple(truth.size) != tuple(found.size):
+            raise ValueError(
+                f'truth is of an image of {truth.size}, found of {found.size}; paste the masks in '
+                f'the image they belong to'
+            )
         image_id = len(self.images) + 1
         self.images.append(dict(id=image_id, height=int(truth.size[0]), width=int(truth.size[1])))
         self.truth += self.rows(truth, image_id, len(self.truth), crowd)
@@ -243,14 +279,26 @@ class CocoEval:
     def rows(self, instances, image_id, start, crowd=None): # list of dict as COCO has them
         n = len(instances)
         scores = np.ones(n) if instances.scores is None else instances.scores
-        parts = zip(instances.boxes.astype(float), instances.labels, scores, instances.crops, instances.rles(), [0] * n if crowd is None else crowd)
-        return [dict(id=start + i, image_id=image_id, category_id=int(label), bbox=[*box[:2], *(box[2:] - box[:2])], score=float(score),
-            segmentation=rle, area=float(crop.sum()), iscrowd=int(c)) for i, (box, label, score, crop, rle, c) in enumerate(parts, 1)]
+        parts = zip(
+            instances.boxes.astype(float), instances.labels, scores, instances.crops,
+            instances.rles(), [0] * n if crowd is None else crowd,
+        )
+        return [
+            dict(
+                id=start + i, image_id=image_id, category_id=int(label),
+                bbox=[*box[:2], *(box[2:] - box[:2])], score=float(score), segmentation=rle,
+                area=float(crop.sum()), iscrowd=int(c),
+            )
+            for i, (box, label, score, crop, rle, c) in enumerate(parts, 1)
+        ]
 
     def coco(self, rows): # COCO object
         "The rows as pycocotools wants them"
         api = COCO()
-        api.dataset = dict(images=self.images, annotations=rows, categories=[dict(id=i, name=c) for i, c in enumerate(self.classes) if i])
+        api.dataset = dict(
+            images=self.images, annotations=rows,
+            categories=[dict(id=i, name=c) for i, c in enumerate(self.classes) if i],
+        )
         api.createIndex()
         return api
 
@@ -265,10 +313,18 @@ class CocoEval:
         "The precisions of pycocotools, computed once"
         if (kind, sizes) not in self.evals:
             with contextlib.redirect_stdout(io.StringIO()):
-                found = self.found if kind == 'mask' else [row | {'area': row['bbox'][2] * row['bbox'][3]} for row in self.found]
-                run = COCOeval(self.coco(self.truth), self.coco(found), dict(box='bbox', mask='segm')[kind])
+                found = (
+                    self.found
+                    if kind == 'mask'
+                    else [row | {'area': row['bbox'][2] * row['bbox'][3]} for row in self.found]
+                )
+                run = COCOeval(
+                    self.coco(self.truth), self.coco(found), dict(box='bbox', mask='segm')[kind]
+                )
                 run.params.maxDets, run.params.iouThrs = [self.max_dets], IOUS
-                run.params.areaRng, run.params.areaRngLbl = (self.areas(), ['all', *SIZES]) if sizes else (self.areas()[:1], ['all'])
+                run.params.areaRng, run.params.areaRngLbl = (
+                    (self.areas(), ['all', *SIZES]) if sizes else (self.areas()[:1], ['all'])
+                )
                 run.evaluate(), run.accumulate()
             self.evals[kind, sizes] = run.eval['precision'][..., 0]
         return self.evals[kind, sizes]
@@ -282,7 +338,13 @@ class CocoEval:
         p = self.precision(kind, sizes)
         if label: p = p[:, :, [label - 1]]
         by_size = {s: mean_valid(p[..., a]) for a, s in enumerate(SIZES, 1)} if sizes else {}
-        return dict(AP=mean_valid(p[..., 0]), AP50=mean_valid(p[0, ..., 0]), AP75=mean_valid(p[5, ..., 0])) | by_size
+        return (
+            dict(
+                AP=mean_valid(p[..., 0]), AP50=mean_valid(p[0, ..., 0]),
+                AP75=mean_valid(p[5, ..., 0]),
+            )
+            | by_size
+        )
 
     def compute(self,
         sizes=True, # also by size of object?
@@ -292,16 +354,20 @@ class CocoEval:
         for kind in ('box', 'mask'):
             s = self.scores(kind, sizes=sizes)
             out |= {f'{kind}_{k.lower()}': s[k] for k in ('AP', 'AP50', 'AP75')}
-            for k, c in enumerate(self.classes[1:], 1): out['per_class'][c][f'{kind}_ap'] = none_if_nan(self.scores(kind, k, sizes)['AP'])
+            for k, c in enumerate(self.classes[1:], 1):
+                out['per_class'][c][f'{kind}_ap'] = none_if_nan(self.scores(kind, k, sizes)['AP'])
             if sizes: out['sizes'] |= {f'{kind}_ap_{size}': none_if_nan(s[size]) for size in SIZES}
         return out
 
-    def table(self): # DataFrame: a row for all and for each class; a column for box and mask, each IoU and size
+    # DataFrame: a row for all and for each class; a column for box and mask, each IoU and size
+    def table(self):
         "All numbers in one table"
         rows = {}
         for k, name in enumerate(['all', *self.classes[1:]]):
             n = sum(not r['iscrowd'] and k in (0, r['category_id']) for r in self.truth)
-            rows[name] = {('', 'objects'): n} | {(kind, s): v for kind in ('box', 'mask') for s, v in self.scores(kind, k).items()}
+            rows[name] = {('', 'objects'): n} | {
+                (kind, s): v for kind in ('box', 'mask') for s, v in self.scores(kind, k).items()
+            }
         table = pd.DataFrame.from_dict(rows, orient='index')
         table.columns = pd.MultiIndex.from_tuples(table.columns)
         return table
@@ -312,7 +378,11 @@ class CocoEval:
     ): # dict class -> recall (101,), precision (101,)
         "Precision at 101 recalls, of each class that has true objects"
         p = self.precision(kind)[np.abs(IOUS - iou).argmin(), :, :, 0]  # (101,K-1)
-        return {c: (np.linspace(0, 1, 101), p[:, k]) for k, c in enumerate(self.classes[1:]) if (p[:, k] > -1).all()}
+        return {
+            c: (np.linspace(0, 1, 101), p[:, k])
+            for k, c in enumerate(self.classes[1:])
+            if (p[:, k] > -1).all()
+        }
 
 def none_if_nan(x): return None if np.isnan(x) else x
 
@@ -326,8 +396,14 @@ def plot_pr(
     "Precision against recall, a line a class"
     ax = ax or plt.subplots(figsize=(3.5, 3))[1]
     for i, (name, (recall, precision)) in enumerate(evaluation.pr_curve(iou, kind).items()):
-        ax.plot(recall, precision, label=f'{name} {precision.mean():.2f}', linestyle=['-', '--', ':', '-.'][i % 4])
-    ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.05), title=f'{kind}, IoU {iou}')
+        ax.plot(
+            recall, precision, label=f'{name} {precision.mean():.2f}',
+            linestyle=['-', '--', ':', '-.'][i % 4],
+        )
+    ax.set(
+        xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.05),
+        title=f'{kind}, IoU {iou}',
+    )
     if ax.lines: ax.legend(fontsize=8, framealpha=.5)
     return ax
 
@@ -343,9 +419,15 @@ def label_iou(
     found, # (H,W) int label map, d objects
 ): # (g,d) float
     "IoU of all pairs of objects from one histogram"
-    if truth.shape != found.shape: raise ValueError(f'the label maps are {truth.shape} and {found.shape}; both must be of one image')
+    if truth.shape != found.shape:
+        raise ValueError(
+            f'the label maps are {truth.shape} and {found.shape}; both must be of one image'
+        )
     (gs, g), (ds, d) = number(truth), number(found)
-    both = np.bincount(g.ravel() * len(ds) + d.ravel(), minlength=len(gs) * len(ds)).reshape(len(gs), len(ds))  # pixels of each pair
+    # pixels of each pair
+    both = np.bincount(g.ravel() * len(ds) + d.ravel(), minlength=len(gs) * len(ds)).reshape(
+        len(gs), len(ds)
+    )
     union = both.sum(1)[:, None] + both.sum(0) - both
     return (both / union)[gs > 0][:, ds > 0]
 
@@ -353,7 +435,8 @@ def dsb_score(
     truth, # Instances or (H,W) label map
     found, # Instances or (H,W) label map
 ): # dict IoU -> TP/(TP+FP+FN)
-    "Nuclei score of one image at each IoU; an image with nothing to find and nothing found scores 1"
+    """Nuclei score of one image at each IoU; an image with nothing to find and nothing found scores
+    1"""
     iou = label_iou(label_map(truth), label_map(found))
     tp = (iou[..., None] > IOUS).sum((0, 1))  # (T,)
     total = sum(iou.shape) - tp  # TP + FP + FN
@@ -405,12 +488,19 @@ def plot_confusion(
     ax=None,
 ): # axes
     "The matrix with its numbers"
-    ax = ax or plt.subplots(figsize=(1.2 + .8 * len(classes), .8 + .7 * len(classes)), layout='constrained')[1]
+    ax = (
+        ax
+        or plt.subplots(
+            figsize=(1.2 + 0.8 * len(classes), 0.8 + 0.7 * len(classes)), layout='constrained'
+        )[1]
+    )
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i, j in np.ndindex(matrix.shape):
         text = f'{share[i, j]:.2f}' if normalize else str(matrix[i, j])
-        ax.text(j, i, text, ha='center', va='center', color='white' if share[i, j] > .5 else 'black')
+        ax.text(
+            j, i, text, ha='center', va='center', color='white' if share[i, j] > 0.5 else 'black'
+        )
     ax.set_xticks(range(len(classes)), ['(missed)', *classes[1:]], rotation=45, ha='right')
     ax.set_yticks(range(len(classes)), ['(invented)', *classes[1:]])
     ax.set(xlabel='found', ylabel='true')
@@ -423,14 +513,25 @@ def explain(
     c, # Compared
     t_f=.5, # IoU of a right find
     t_b=.1, # IoU below which there is nothing
-): # kinds (d,) str: 'right', one of ERRORS, or 'ignored'; meant (d,) int: the true object that a find points to, or -1
+): # kinds (d,) str: 'right', one of ERRORS, or 'ignored'; meant (d,) int: its object, or -1
     "Why each find is right or wrong"
-    iou, same = np.where(c.crowd[:, None], 0, c.iou), c.truth.labels[:, None] == c.found.labels   # (g,d)
-    own, other = np.pad(iou * same, ((0, 1), (0, 0))), np.pad(iou * ~same, ((0, 1), (0, 0)))   # a last row, so that there is one
+    # (g,d)
+    iou, same = np.where(c.crowd[:, None], 0, c.iou), c.truth.labels[:, None] == c.found.labels
+    # a last row, so that there is one
+    own, other = np.pad(iou * same, ((0, 1), (0, 0))), np.pad(iou * ~same, ((0, 1), (0, 0)))
     best, best_other, pairs = own.max(0), other.max(0), choose(iou * same, t_f)
-    right, in_crowd = np.isin(np.arange(len(best)), pairs[:, 1]), (c.iou * same)[c.crowd].max(0, initial=0) >= t_f
-    kinds = np.select([right, in_crowd, (best >= t_b) & (best < t_f), best_other >= t_f, best >= t_f, np.maximum(best, best_other) <= t_b],
-                      ['right', 'ignored', 'location', 'class', 'duplicate', 'background'], 'both')
+    right, in_crowd = (
+        np.isin(np.arange(len(best)), pairs[:, 1]),
+        (c.iou * same)[c.crowd].max(0, initial=0) >= t_f,
+    )
+    kinds = np.select(
+        [
+            right, in_crowd, (best >= t_b) & (best < t_f), best_other >= t_f, best >= t_f,
+            np.maximum(best, best_other) <= t_b,
+        ],
+        ['right', 'ignored', 'location', 'class', 'duplicate', 'background'],
+        'both',
+    )
     meant = np.select([kinds == 'location', kinds == 'class'], [own.argmax(0), other.argmax(0)], -1)
     meant[pairs[:, 1]] = pairs[:, 0]
     return kinds, meant
@@ -449,19 +550,33 @@ def explain_all(
         for j, (kind, i) in enumerate(zip(kinds, meant)):  # best score first
             mend = kind in ('class', 'location') and i not in got
             if mend: got.add(i)
-            finds.append((image, j, c.found.labels[j], c.found.scores[j], kind, i, c.truth.labels[i] if i >= 0 else 0, mend))
+            finds.append(
+                (
+                    image, j, c.found.labels[j], c.found.scores[j], kind, i,
+                    c.truth.labels[i] if i >= 0 else 0, mend,
+                )
+            )
         objects += [(image, i, c.truth.labels[i], i not in got) for i in np.flatnonzero(~c.crowd)]
-    finds = pd.DataFrame(finds, columns=['image', 'find', 'label', 'score', 'kind', 'object', 'object_label', 'mend'])
-    objects = pd.DataFrame(objects, columns=['image', 'object', 'label', 'missed']).astype({'missed': bool})
+    finds = pd.DataFrame(
+        finds, columns=['image', 'find', 'label', 'score', 'kind', 'object', 'object_label', 'mend']
+    )
+    objects = pd.DataFrame(objects, columns=['image', 'object', 'label', 'missed']).astype(
+        {'missed': bool}
+    )
     return finds[finds.kind != 'ignored'].astype({'mend': bool}), objects
 
 def mean_ap(finds, objects): # float
     "Mean over the classes that have objects"
-    aps = [precision_curve(f.kind == 'right', f.score, n).mean() for k, n in objects.label.value_counts().items() for f in [finds[finds.label == k]]]
+    aps = [
+        precision_curve(f.kind == 'right', f.score, n).mean()
+        for k, n in objects.label.value_counts().items()
+        for f in [finds[finds.label == k]]
+    ]
     return float(np.mean(aps)) if aps else float('nan')
 
 
-ErrorSplit = namedtuple('ErrorSplit', 'ap table finds objects')  # AP at t_f; a row an error: count, gain; a row a find; a row an object
+# AP at t_f; a row an error: count, gain; a row a find; a row an object
+ErrorSplit = namedtuple('ErrorSplit', 'ap table finds objects')
 
 def fix(
     finds, # DataFrame
@@ -472,7 +587,13 @@ def fix(
     if error == 'missed': return finds, objects[~objects.missed]
     finds = finds[(finds.kind != error) | finds.mend]
     mended = finds.kind == error
-    return finds.assign(kind=finds.kind.mask(mended, 'right'), label=finds.label.mask(mended, finds.object_label)), objects
+    return (
+        finds.assign(
+            kind=finds.kind.mask(mended, 'right'),
+            label=finds.label.mask(mended, finds.object_label),
+        ),
+        objects,
+    )
 
 def split_errors(
     compared, # list of Compared
@@ -484,7 +605,9 @@ def split_errors(
     ap = mean_ap(finds, objects)
     count = [objects.missed.sum() if e == 'missed' else (finds.kind == e).sum() for e in ERRORS]
     gain = [mean_ap(*fix(finds, objects, e)) - ap for e in ERRORS]
-    return ErrorSplit(ap, pd.DataFrame(dict(count=np.array(count, int), gain=gain), index=ERRORS), finds, objects)
+    return ErrorSplit(
+        ap, pd.DataFrame(dict(count=np.array(count, int), gain=gain), index=ERRORS), finds, objects
+    )
 
 
 def plot_errors(
@@ -492,10 +615,19 @@ def plot_errors(
     axes=None, # two
 ): # axes
     "How many, and what they cost"
-    axes = plt.subplots(1, 2, figsize=(8, 2.3), layout='constrained', sharey=True)[1] if axes is None else axes
+    axes = (
+        plt.subplots(1, 2, figsize=(8, 2.3), layout='constrained', sharey=True)[1]
+        if axes is None
+        else axes
+    )
     colours = ['#f59e0b', '#38bdf8', '#c084fc', '#a3e635', '#9ca3af', '#ef4444']
-    for ax, column, form, title in zip(axes, ('count', 'gain'), ('{:.0f}', '{:.3f}'), ('errors', f'AP gained if fixed (now {split.ap:.3f})')):
-        ax.bar_label(ax.barh(ERRORS, split.table[column], color=colours), fmt=form, fontsize=8, padding=2)
+    for ax, column, form, title in zip(
+        axes, ('count', 'gain'), ('{:.0f}', '{:.3f}'),
+        ('errors', f'AP gained if fixed (now {split.ap:.3f})'),
+    ):
+        ax.bar_label(
+            ax.barh(ERRORS, split.table[column], color=colours), fmt=form, fontsize=8, padding=2
+        )
         ax.set_title(title, fontsize=10)
         ax.margins(x=.15)
     axes[0].invert_yaxis()
@@ -530,7 +662,10 @@ def to_pairs(
     aligned=False, # boxes are exact, as the model's configuration says
 ): # list of (truth, found)
     "True and found objects of each image of a batch"
-    return [(Slots(t).instances(), to_instances(*d, t[2].shape[-2:], aligned=aligned)) for t, d in zip(zip(*targets), zip(*detections))]
+    return [
+        (Slots(t).instances(), to_instances(*d, t[2].shape[-2:], aligned=aligned))
+        for t, d in zip(zip(*targets), zip(*detections))
+    ]
 
 class CocoMetrics(Callback):
     "Average precision of boxes and masks on the validation set, every few epochs"
@@ -549,11 +684,14 @@ class CocoMetrics(Callback):
         self.pairs, self.scores = [], {}
 
     def after_batch(self):
-        if not self.training and self.due and self.yb: self.pairs += to_pairs(self.yb[0], self.pred, get_model(self.model).config.head.aligned)
+        if not self.training and self.due and self.yb:
+            self.pairs += to_pairs(self.yb[0], self.pred, get_model(self.model).config.head.aligned)
 
     def after_validate(self):
         if not self.due: return
-        pairs, coco = gather(dict(zip(self.dl.idxs, self.pairs))), CocoEval(self.classes, self.max_dets)
+        pairs, coco = gather(dict(zip(self.dl.idxs, self.pairs))), CocoEval(
+            self.classes, self.max_dets
+        )
         for i in sorted(pairs): coco.add(*pairs[i])
         if pairs: self.scores = coco.compute(sizes=False)
 
@@ -576,7 +714,9 @@ def coverage(
     for image, (b, size) in enumerate(zip(boxes, image_sizes)):
         grid = tuple(-(-int(n) // multiple) * multiple for n in size)
         best = nearest_anchor_iou(b, sizes, ratios, image_size=grid).amax((1, 2)) if len(b) else []
-        rows += [(image, i, *(x[2:] - x[:2]).tolist(), float(v)) for i, (x, v) in enumerate(zip(b, best))]
+        rows += [
+            (image, i, *(x[2:] - x[:2]).tolist(), float(v)) for i, (x, v) in enumerate(zip(b, best))
+        ]
     return pd.DataFrame(rows, columns=['image', 'object', 'width', 'height', 'best'])
 
 def plot_coverage(
@@ -590,8 +730,16 @@ def plot_coverage(
         if column not in table: continue
         x = table[column]
         text = ', '.join(f'{(x < t).mean():.0%} below {t}' for t in least)
-        style = dict(color='#9ca3af') if column == 'best' else dict(histtype='step', color='#0369a1', lw=1.5)   # filled and outlined, seen without colours
-        ax.hist(x, bins=40, range=(0, 1), label=f"{'now' if column == 'best' else column}: mean {x.mean():.2f}, {text}", **style)
+        # filled and outlined, seen without colours
+        style = (
+            dict(color='#9ca3af')
+            if column == 'best'
+            else dict(histtype='step', color='#0369a1', lw=1.5)
+        )
+        ax.hist(
+            x, bins=40, range=(0, 1),
+            label=f"{'now' if column == 'best' else column}: mean {x.mean():.2f}, {text}", **style,
+        )
     for t, line in zip(least, (':', '--')): ax.axvline(t, color='black', ls=line, lw=1)
     ax.set(xlabel='IoU with the best anchor', ylabel='objects')
     ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), frameon=False)
@@ -611,8 +759,12 @@ class InstanceInterpretation:
         scale=1., # a pixel here is so many pixels of the network's input
     ):
         self.images, self.truths, self.founds, self.classes = images, truths, founds, list(classes)
-        self.names, self.losses, self.config, self.scale = names or list(map(str, range(len(images)))), losses, config, scale
-        self.compared = {kind: [compare(t, f, kind) for t, f in zip(truths, founds)] for kind in ('box', 'mask')}
+        self.names, self.losses, self.config, self.scale = (
+            names or list(map(str, range(len(images)))), losses, config, scale,
+        )
+        self.compared = {
+            kind: [compare(t, f, kind) for t, f in zip(truths, founds)] for kind in ('box', 'mask')
+        }
 
     @classmethod
     @torch.no_grad()
@@ -633,7 +785,10 @@ class InstanceInterpretation:
             images.append((x[0] * 255).round().byte().cpu())
         model.train(was_training)
         names = [item.name for item in dl.items]
-        return cls(images, *map(list, zip(*pairs)), dl.items[0].dataset.classes, names, np.array(losses), model.config)
+        return cls(
+            images, *map(list, zip(*pairs)), dl.items[0].dataset.classes, names, np.array(losses),
+            model.config
+        )
 
     @classmethod
     def from_model(cls,
@@ -644,21 +799,31 @@ class InstanceInterpretation:
         "Whole images of any size"
         samples = [dataset[i] for i in range(len(dataset))]
         founds = [predict_instances(model, s.image) for s in samples]
-        return cls([s.image for s in samples], [s.instances for s in samples], founds, classes or dataset.classes,
-                   [s.name for s in samples], None, model.config, model.config.enlarge)
+        return cls(
+            [s.image for s in samples], [s.instances for s in samples], founds,
+            classes or dataset.classes, [s.name for s in samples], None, model.config,
+            model.config.enlarge,
+        )
 
     def summary(self, sides=(32, 96)): # DataFrame
         "AP of boxes and masks: all and by class, at IoUs and by size"
         return self.evaluation(sides).table()
 
     def evaluation(self, sides=(32, 96)): # CocoEval
-        out = CocoEval(self.classes, self.config.detection.n_detections if self.config else 100, sides)
+        out = CocoEval(
+            self.classes, self.config.detection.n_detections if self.config else 100, sides
+        )
         for t, f in zip(self.truths, self.founds): out.add(t, f)
         return out
 
     def pr_curves(self, ious=(.5, .75, .9), kind='mask'): # axes
         "Precision against recall"
-        axes, run = plt.subplots(1, len(ious), figsize=(3.2 * len(ious), 2.6), layout='constrained', squeeze=False)[1][0], self.evaluation()
+        axes, run = (
+            plt.subplots(
+                1, len(ious), figsize=(3.2 * len(ious), 2.6), layout='constrained', squeeze=False
+            )[1][0],
+            self.evaluation(),
+        )
         return [plot_pr(run, iou, kind, ax) for iou, ax in zip(ious, axes)]
 
     def confusion_matrix(self, iou=.5, min_score=.5, kind='mask'): # (K,K) int
@@ -672,7 +837,11 @@ class InstanceInterpretation:
     def most_confused(self, min_val=1, **kwargs): # list of (true, found, count)
         "Mistakes by number; background stands for missed or invented"
         m = self.confusion_matrix(**kwargs)
-        pairs = [(self.classes[i], self.classes[j], int(m[i, j])) for i, j in np.argwhere(m >= min_val) if i != j]
+        pairs = [
+            (self.classes[i], self.classes[j], int(m[i, j]))
+            for i, j in np.argwhere(m >= min_val)
+            if i != j
+        ]
         return sorted(pairs, key=lambda x: -x[2])
 
     def error_anatomy(self, t_f=.5, t_b=.1, kind='mask', plot=True): # ErrorSplit
@@ -688,11 +857,17 @@ class InstanceInterpretation:
     def show(self, indices, titles, min_score=.5): # axes
         "Images with right, wrong and missed objects"
         n = max(len(indices), 1)
-        axes = plt.subplots(-(-n // 4), min(n, 4), figsize=(2.6 * min(n, 4), 2.8 * -(-n // 4)), layout='constrained', squeeze=False)[1].ravel()
+        axes = plt.subplots(
+            -(-n // 4), min(n, 4), figsize=(2.6 * min(n, 4), 2.8 * -(-n // 4)),
+            layout='constrained', squeeze=False,
+        )[1].ravel()
         for ax in axes: ax.set_axis_off()
         for i, title, ax in zip(indices, titles, axes):
             found = self.founds[i]
-            show_differences(self.images[i], self.truths[i], found[found.scores >= min_score], ax, title=title, names=self.classes)
+            show_differences(
+                self.images[i], self.truths[i], found[found.scores >= min_score], ax, title=title,
+                names=self.classes,
+            )
         return axes
 
     def worst(self, k=4, min_score=.5): # axes
@@ -703,20 +878,25 @@ class InstanceInterpretation:
 
     def top_losses(self, k=None, largest=True): # losses, indices
         "The images with the largest losses"
-        if self.losses is None: raise ValueError('whole images have no losses; use from_learner, or worst()')
+        if self.losses is None:
+            raise ValueError('whole images have no losses; use from_learner, or worst()')
         order = np.argsort(-self.losses if largest else self.losses, kind='stable')[:k]
         return self.losses[order], order
 
     def plot_top_losses(self, k=4, largest=True, min_score=.5): # axes
         "The images with the largest losses, as a picture"
         losses, order = self.top_losses(k, largest)
-        return self.show(order, [f'{self.names[i]}: loss {x:.2f}' for x, i in zip(losses, order)], min_score)
+        return self.show(
+            order, [f'{self.names[i]}: loss {x:.2f}' for x, i in zip(losses, order)], min_score
+        )
 
     def coverage(self, sizes=None, ratios=None, plot=True): # DataFrame, a row an object
-        "How near the anchors come to each object, and how near those would that are recommended for these objects, or given"
+        """How near the anchors come to each object, and how near those would that are recommended
+        for these objects, or given"""
         c = self.config.rpn
         boxes = [torch.tensor(t.boxes) * self.scale for t in self.truths]
-        if sizes is None: sizes, ratios = recommend_anchors(torch.cat(boxes), n_ratios=len(c.ratios))
+        if sizes is None:
+            sizes, ratios = recommend_anchors(torch.cat(boxes), n_ratios=len(c.ratios))
         reach = partial(coverage, boxes, [np.array(t.size) * self.scale for t in self.truths])
         table = reach(c.sizes, c.ratios).assign(recommended=reach(sizes, ratios or c.ratios).best)
         table.insert(0, 'name', [self.names[i] for i in table.image])

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-import fastai.vision.all   # gives every Learner its tools; and before the functions below, since dispatch may take the one that came last
+# gives every Learner its tools; and before the functions below, since dispatch may take the one
+# that came last
+import fastai.vision.all
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.hook import hook_output
 from fastai.callback.training import bn_types
@@ -68,13 +70,16 @@ def turn(
     x1, y1, x2, y2 = instances.boxes.T
     ys, xs = instances.origins.T
     hs, ws = np.array([c.shape for c in instances.crops]).reshape(-1, 2).T
-    for _ in range(quarter):        # a quarter turn to the left: x becomes y, and y becomes what was right of it
+    # a quarter turn to the left: x becomes y, and y becomes what was right of it
+    for _ in range(quarter):
         x1, y1, x2, y2 = y1, w - x2, y2, w - x1
         ys, xs, hs, ws = w - xs - ws, ys, ws, hs
         h, w = w, h
     if mirror: x1, x2, xs = w - x2, w - x1, w - xs - ws
-    return move(image), Instances((h, w), np.stack([x1, y1, x2, y2], 1).astype(np.float32), instances.labels,
-                                  [move(c) for c in instances.crops], np.stack([ys, xs], 1), instances.scores)
+    return move(image), Instances(
+        (h, w), np.stack([x1, y1, x2, y2], 1).astype(np.float32), instances.labels,
+        [move(c) for c in instances.crops], np.stack([ys, xs], 1), instances.scores,
+    )
 
 
 def resize_pixels(
@@ -82,8 +87,15 @@ def resize_pixels(
     size,                   # (H, W) wanted
 ) -> np.ndarray:            # (H, W, C) uint8
     "The image alone at another size; PIL takes three channels or one, so others go one by one."
-    if image.shape[-1] == 3: return np.asarray(Image.fromarray(image).resize(size[::-1], Image.BILINEAR))
-    return np.stack([np.asarray(Image.fromarray(c).resize(size[::-1], Image.BILINEAR)) for c in np.moveaxis(image, -1, 0)], -1)
+    if image.shape[-1] == 3:
+        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.BILINEAR))
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(c).resize(size[::-1], Image.BILINEAR))
+            for c in np.moveaxis(image, -1, 0)
+        ],
+        -1,
+    )
 
 
 def resize(
@@ -95,7 +107,12 @@ def resize(
     if tuple(size) == tuple(instances.size): return image, instances
     image = resize_pixels(image, size)
     if len(instances) == 0: return image, replace_size(instances, size)
-    masks = F.interpolate(torch.tensor(instances.masks())[:, None].float(), size=tuple(size), mode='bilinear')[:, 0].numpy() > 0.5
+    masks = (
+        F.interpolate(
+            torch.tensor(instances.masks())[:, None].float(), size=tuple(size), mode='bilinear'
+        )[:, 0].numpy()
+        > 0.5
+    )
     visible = masks.any((1, 2))
     return image, Instances.from_masks(masks[visible], instances.labels[visible])
 
@@ -105,8 +122,15 @@ def stretch(
     percentiles=(0.5, 99.5),    # become black and white
     levels=None,                # these do, if given: of a larger picture that this is a piece of
 ) -> np.ndarray:                # (H, W, 3) uint8
-    "The full range of brightness, so that a dim picture looks like a bright one; three colours keep their relation, dyes are stretched one by one."
-    low, high = levels if levels is not None else np.percentile(image[::2, ::2], percentiles, axis=None if image.shape[-1] == 3 else (0, 1))
+    """The full range of brightness, so that a dim picture looks like a bright one; three colours
+    keep their relation, dyes are stretched one by one."""
+    low, high = (
+        levels
+        if levels is not None
+        else np.percentile(
+            image[::2, ::2], percentiles, axis=None if image.shape[-1] == 3 else (0, 1)
+        )
+    )
     return (np.clip((image - low) / np.maximum(high - low, 1), 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -121,7 +145,10 @@ def enlarged(
 
 def replace_size(instances: Instances, size) -> Instances:
     "No objects, in an image of another size."
-    return Instances(tuple(size), instances.boxes, instances.labels, instances.crops, instances.origins, instances.scores)
+    return Instances(
+        tuple(size), instances.boxes, instances.labels, instances.crops, instances.origins,
+        instances.scores,
+    )
 
 
 def window(
@@ -154,7 +181,8 @@ class FlipTurn(ItemTransform):
 
 
 class Recolour(ItemTransform):
-    "Red, green and blue (or any other channels) change places, and half of the pictures become negatives: for objects that may have any colour."
+    """Red, green and blue (or any other channels) change places, and half of the pictures become
+    negatives: for objects that may have any colour."""
     split_idx = 0
     def encodes(self, pair):
         image = pair[0][..., np.random.permutation(pair[0].shape[-1])]
@@ -166,7 +194,8 @@ def place(
     side: int,   # of the window, pixels
     n: int,      # of the image, pixels
 ) -> int | None:
-    "Where a window begins that cuts nothing; it may leave the image only where nothing touches the border."
+    """Where a window begins that cuts nothing; it may leave the image only where nothing touches
+    the border."""
     least = 0 if low <= 1 else -n
     most = n - side if high >= n - 1 else 2 * n - side
     first, last = max(least, math.ceil(high) - side), min(math.floor(low), most)
@@ -174,7 +203,8 @@ def place(
 
 
 class ZoomWhole(ItemTransform):
-    "Enlarged or reduced and moved, with no object cut that was whole; outside of the image its border goes on."
+    """Enlarged or reduced and moved, with no object cut that was whole; outside of the image its
+    border goes on."""
     split_idx = 0
     def __init__(self,
         scale=(0.8, 1.25),   # enlargement, least and most
@@ -191,7 +221,9 @@ class ZoomWhole(ItemTransform):
         height, width = round(h / zoom), round(w / zoom)
         y, x = place(top, bottom, height, h), place(left, right, width, w)
         if y is None or x is None: return pair
-        pixels = np.pad(image, [(h, h), (w, w), (0, 0)], mode='edge')[y + h:y + h + height, x + w:x + w + width]
+        pixels = np.pad(image, [(h, h), (w, w), (0, 0)], mode='edge')[
+            y + h : y + h + height, x + w : x + w + width
+        ]
         return resize(np.ascontiguousarray(pixels), instances.window(y, x, height, width), (h, w))
 
 
@@ -219,14 +251,18 @@ class ScaleCrop(ItemTransform):
     def encodes(self, pair):
         image, instances = pair
         side = round(self.size / np.exp(random.uniform(*np.log(self.scale))))
-        centres = (instances.boxes[:, 1::-1] + instances.boxes[:, :1:-1]) / 2          # (n, 2) y and x
-        wanted = random.choice(centres) if len(centres) and random.random() < self.aim else (None, None)
+        # (n, 2) y and x
+        centres = (instances.boxes[:, 1::-1] + instances.boxes[:, :1:-1]) / 2
+        wanted = (
+            random.choice(centres) if len(centres) and random.random() < self.aim else (None, None)
+        )
         y, x = (corner(n, side, c) for n, c in zip(instances.size, wanted))
         return resize(*window(image, instances, y, x, side, side), (self.size, self.size))
 
 
 class CentreCrop(ItemTransform):
-    "The middle of the image, enlarged to `size`; a picture that comes without objects is there to be predicted, and stays whole."
+    """The middle of the image, enlarged to `size`; a picture that comes without objects is there to
+    be predicted, and stays whole."""
     split_idx = 1
     def __init__(self,
         size: int,     # side of the result, pixels
@@ -251,25 +287,38 @@ def check_channels(
     "A picture must have the channels of the model."
     n, c = image.shape[-1], config.backbone.in_channels
     if n == c: return
-    raise DataError(f'{name}: the picture has {n} channels but the model was trained with {c}: give pictures of the same channels in the same order, or train a model whose mean and std have a number for each channel.')
+    raise DataError(
+        f'{name}: the picture has {n} channels but the model was trained with {c}: give pictures '
+        f'of the same channels in the same order, or train a model whose mean and std have a '
+        f'number for each channel.'
+    )
 
 
 def measure_channels(
     dataset: InstanceDataset,
 ) -> dict[str, tuple]:          # mean, std: a number for each channel, in 0..1
-    "Mean and deviation of every channel over all pictures, for the configuration; of three colours, those of ImageNet."
-    if (n := dataset[0].image.shape[-1]) == 3: return dict(mean=BackboneConfig.mean, std=BackboneConfig.std)
+    """Mean and deviation of every channel over all pictures, for the configuration; of three
+    colours, those of ImageNet."""
+    if (n := dataset[0].image.shape[-1]) == 3:
+        return dict(mean=BackboneConfig.mean, std=BackboneConfig.std)
     total, square, pixels = np.zeros(n), np.zeros(n), 0
     for s in dataset:
-        if s.image.shape[-1] != n: raise DataError(f'{s.name}: the picture has {s.image.shape[-1]} channels but {dataset.names[0]} has {n}; all pictures need the same.')
+        if s.image.shape[-1] != n:
+            raise DataError(
+                f'{s.name}: the picture has {s.image.shape[-1]} channels but {dataset.names[0]} '
+                f'has {n}; all pictures need the same.'
+            )
         x = s.image.reshape(-1, n).astype(np.float64) / 255                       # (H W, C)
         total, square, pixels = total + x.sum(0), square + (x ** 2).sum(0), pixels + len(x)
     std = np.sqrt(np.maximum(square / pixels - (total / pixels) ** 2, 0))
-    return dict(mean=tuple((total / pixels).round(4).tolist()), std=tuple(std.clip(.01).round(4).tolist()))
+    return dict(
+        mean=tuple((total / pixels).round(4).tolist()), std=tuple(std.clip(0.01).round(4).tolist())
+    )
 
 # %% ../nbs/20_learner.ipynb #b8f74ab0
 class Slots(fastuple):
-    "Objects in slots: boxes, labels and masks of the truth; boxes, labels, scores and small masks of a prediction."
+    """Objects in slots: boxes, labels and masks of the truth; boxes, labels, scores and small masks
+    of a prediction."""
     def instances(self,
         size=None,        # (H, W) of the image, pixels; needed for a prediction
         aligned=False,    # boxes of a prediction are exact, as the model's configuration says
@@ -292,7 +341,9 @@ class Shown(Instances):
         **kwargs,
     ):
         "Masks and boxes on the axes."
-        ax, role = ctx or show_image(np.zeros((*self.size, 3), np.uint8)), 'gt' if self.scores is None else 'prediction'
+        ax, role = ctx or show_image(np.zeros((*self.size, 3), np.uint8)), (
+            'gt' if self.scores is None else 'prediction'
+        )
         sure = self if self.scores is None else self[self.scores >= min_score]
         show_masks(sure.masks(), ax)
         if len(sure) > captions: return show_boxes(sure.boxes, ax, role=role, linewidth=.6)
@@ -300,17 +351,21 @@ class Shown(Instances):
 
 
 class ToSlots(ItemTransform):
-    "Image and objects as tensors of fixed size and back; of too many objects, the largest are kept."
+    """Image and objects as tensors of fixed size and back; of too many objects, the largest are
+    kept."""
     order = 90
     def __init__(self,
         slots: int,      # G
         names=None,      # of the classes, 'background' first
         multiple=64,     # the sides of an image alone become multiples of this, pixels
         aligned=False,   # boxes of a prediction are exact; a Learner sets it as its model has it
-        mean=SHAPES.backbone.mean,  # of the channels, in 0..1, to fill up with; a Learner sets it too
+        # of the channels, in 0..1, to fill up with; a Learner sets it too
+        mean=SHAPES.backbone.mean,
     ):
         super().__init__()
-        self.slots, self.names, self.multiple, self.aligned, self.mean = slots, names, multiple, aligned, mean
+        self.slots, self.names, self.multiple, self.aligned, self.mean = (
+            slots, names, multiple, aligned, mean,
+        )
 
     def encodes(self, pair):
         image, *objects = pair
@@ -320,7 +375,10 @@ class ToSlots(ItemTransform):
 
     def decodes(self, pair):
         image, *slots = pair
-        return image, *(Shown(**vars(s.instances(image.shape[-2:], self.aligned)), names=self.names) for s in slots)
+        return image, *(
+            Shown(**vars(s.instances(image.shape[-2:], self.aligned)), names=self.names)
+            for s in slots
+        )
 
 
 def to_slots(
@@ -340,7 +398,8 @@ def fill_up(
     multiple: int,                              # of the sides, pixels
     mean=tuple(round(255 * m) for m in SHAPES.backbone.mean),  # of each channel, fills the rest
 ) -> TensorImage:                               # (3, H', W')
-    "The image in the upper left corner, the rest in the mean colour, which is 0 after normalisation."
+    """The image in the upper left corner, the rest in the mean colour, which is 0 after
+    normalisation."""
     h, w = (-(-n // multiple) * multiple for n in image.shape[-2:])
     if (h, w) == tuple(image.shape[-2:]): return image
     out = image.new_empty(len(image), h, w).copy_(torch.tensor(mean)[:, None, None])
@@ -401,7 +460,10 @@ def instance_block(
     "Images with their objects, as fastai's DataBlock."
     image = TransformBlock(type_tfms=ReadImage, batch_tfms=IntToFloatTensor, dl_type=InstanceDL)
     objects = TransformBlock(type_tfms=ReadInstances, item_tfms=ToSlots(slots, names))
-    return DataBlock(blocks=(image, objects), splitter=FuncSplitter(lambda o: o.is_valid), item_tfms=[*item_tfms], batch_tfms=[*batch_tfms])
+    return DataBlock(
+        blocks=(image, objects), splitter=FuncSplitter(lambda o: o.is_valid),
+        item_tfms=[*item_tfms], batch_tfms=[*batch_tfms],
+    )
 
 
 def colour(
@@ -409,7 +471,9 @@ def colour(
     channels=3,   # of the images; without colours there is no saturation
 ) -> list:
     "Brightness, contrast and saturation, changed at random in training."
-    return [Brightness(strength, p=0.75), Contrast(strength, p=0.75), Saturation(strength, p=0.75)][:3 if channels == 3 else 2]
+    return [Brightness(strength, p=0.75), Contrast(strength, p=0.75), Saturation(strength, p=0.75)][
+        : 3 if channels == 3 else 2
+    ]
 
 
 def instance_dls(
@@ -436,14 +500,19 @@ def show_pairs(
 ):
     "Each image with its objects."
     for (image, objects, *_), ax, title in zip(samples, axes, titles or [None] * len(axes)):
-        show_image(image if image.is_floating_point() else image.byte(), ax, title)   # fastai decodes to whole numbers
+        # fastai decodes to whole numbers
+        show_image(image if image.is_floating_point() else image.byte(), ax, title)
         objects.show(ctx=ax, **kwargs)
     return axes
 
 
 @dispatch
-def show_batch(x: TensorImage, y: Slots, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
+def show_batch(
+    x: TensorImage, y: Slots, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None,
+    **kwargs
+):
+    if ctxs is None:
+        ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
     return show_pairs(samples, ctxs, **kwargs)
 
 # %% ../nbs/20_learner.ipynb #1be31d66
@@ -453,7 +522,8 @@ SHORT = dict(zip(LOSSES, ('obj', 'rpn', 'cls', 'box', 'mask')))
 
 class TotalLoss:
     "The sum of the five losses (Mask R-CNN, section 3)."
-    reduction = 'mean'   # fastai says 'none' where it wants a loss for each image, and `Detect` gives them
+    # fastai says 'none' where it wants a loss for each image, and `Detect` gives them
+    reduction = 'mean'
     def __call__(self,
         losses: dict[str, Tensor],   # from the model
         *targets,                    # used by the model already
@@ -472,11 +542,14 @@ class PassTargets(Callback):
     "Give the model images and ground truth, as plain tensors."
     order = 5   # after the images were gathered, before mixed precision
     def before_batch(self):
-        self.learn.xb = tuple(t.as_subclass(Tensor) for t in (*self.xb, *(self.yb[0] if self.yb else ())))
+        self.learn.xb = tuple(
+            t.as_subclass(Tensor) for t in (*self.xb, *(self.yb[0] if self.yb else ()))
+        )
 
 # %% ../nbs/20_learner.ipynb #122f4373
 class Detect(Callback):
-    "In validation, replace the losses by detections once the loss is known; the backbone runs once. Images alone are predicted."
+    """In validation, replace the losses by detections once the loss is known; the backbone runs
+    once. Images alone are predicted."""
     order, hook = 6, None
     def before_batch(self):
         self.remove()
@@ -489,7 +562,8 @@ class Detect(Callback):
         if self.training: return
         model, features = get_model(self.model), self.hook.stored
         self.learn.pred = Slots(to_float(tuple(model.detect(features, frame_of(self.xb[0])))))
-        if getattr(self.loss_func, 'reduction', None) == 'none': self.learn.loss = loss_of_each(model, features, *self.xb)
+        if getattr(self.loss_func, 'reduction', None) == 'none':
+            self.learn.loss = loss_of_each(model, features, *self.xb)
         self.remove()
 
     def after_cancel_batch(self): self.remove()
@@ -504,7 +578,8 @@ def loss_of_each(
     images: Tensor,           # (B, 3, H, W)
     *targets: Tensor,         # (B, ...) boxes, labels, masks
 ) -> Tensor:                  # (B,)
-    "The loss of every image alone; the losses of a batch are means over samples and objects, not over images."
+    """The loss of every image alone; the losses of a batch are means over samples and objects, not
+    over images."""
     frame = frame_of(images[:1])
     def one(i):
         alone = [t[i:i + 1] for t in targets]
@@ -534,14 +609,19 @@ class LossParts(Callback):
 
     def metrics(self):
         "A column of the table for each loss, in training (t_) and validation (v_)."
-        return [ValueMetric(partial(self.mean, k, t), f'{p}_{SHORT[k]}') for t, p in ((True, 't'), (False, 'v')) for k in LOSSES]
+        return [
+            ValueMetric(partial(self.mean, k, t), f'{p}_{SHORT[k]}')
+            for t, p in ((True, 't'), (False, 'v'))
+            for k in LOSSES
+        ]
 
 
 def losses_of(
     learn: Learner,
 ) -> dict[str, list]:    # column: values by epoch
     "The table of the last fit by column."
-    rows = [row for row in learn.recorder.values if len(row)]   # an epoch that was done before the run was resumed has none
+    # an epoch that was done before the run was resumed has none
+    rows = [row for row in learn.recorder.values if len(row)]
     return dict(zip(learn.recorder.metric_names[1:-1], zip(*rows)))
 
 
@@ -560,29 +640,37 @@ class EpochSeed(Callback):
     "Dice of its own for every epoch: the same seed gives the same run, stopped in between or not."
     def __init__(self, seed=0): self.seed = seed
     def before_epoch(self):
-        dl = getattr(self.dls.train, 'dl', self.dls.train)    # a loader of a distributed run holds the real one
+        # a loader of a distributed run holds the real one
+        dl = getattr(self.dls.train, 'dl', self.dls.train)
         dl.seed = self.seed * 1_000_003 + self.epoch
         dl.rng.seed(dl.seed)
         set_seed(dl.seed)
 
 # %% ../nbs/20_learner.ipynb #a61c73c1
 class ShareBatches(Callback):
-    "In a distributed run, one batch for each process in turn; where they do not come out even, some images are seen again."
+    """In a distributed run, one batch for each process in turn; where they do not come out even,
+    some images are seen again."""
     order = 12   # after fastai has wrapped the loaders
     def before_fit(self):
-        if num_distrib() > 1: self.learn.dls.loaders = [rank_loader(dl.dl) for dl in self.dls.loaders]
+        if num_distrib() > 1:
+            self.learn.dls.loaders = [rank_loader(dl.dl) for dl in self.dls.loaders]
 
 
 def rank_loader(
     dl: InstanceDL,
 ):
-    "The part of the loader's batches that belongs to this process; all processes roll the same dice, so nothing has to be sent."
+    """The part of the loader's batches that belongs to this process; all processes roll the same
+    dice, so nothing has to be sent."""
     from fastai.distributed import DistributedDL   # needs accelerate
     class RankDL(DistributedDL):
         def get_idxs(self):
             idxs, step = list(self.dl.get_idxs()), self.bs * self.world_size
             idxs += (idxs * step)[:-len(idxs) % step]
-            self.idxs = [j for k in range(self.rank * self.bs, len(idxs), step) for j in idxs[k:k + self.bs]]
+            self.idxs = [
+                j
+                for k in range(self.rank * self.bs, len(idxs), step)
+                for j in idxs[k : k + self.bs]
+            ]
             return self.idxs
     return RankDL(dl, device=dl.device)
 
@@ -590,14 +678,24 @@ def rank_loader(
 def split_model(
     model: MaskRCNN,
 ) -> L:               # three lists of parameters
-    "Shallow half of the ResNet (up to C3); deep half (C4, C5); everything that no ImageNet weights exist for."
+    """Shallow half of the ResNet (up to C3); deep half (C4, C5); everything that no ImageNet
+    weights exist for."""
     body = model.backbone.body
-    heads = [model.backbone.fpn, model.rpn, model.box_head, model.box_predictor, model.mask_head, model.mask_predictor]
-    return L([body.conv1, body.bn1, body.layer1, body.layer2], [body.layer3, body.layer4], heads).map(lambda ms: [p for m in ms for p in params(m)])
+    heads = [
+        model.backbone.fpn, model.rpn, model.box_head, model.box_predictor, model.mask_head,
+        model.mask_predictor,
+    ]
+    return L(
+        [body.conv1, body.bn1, body.layer1, body.layer2], [body.layer3, body.layer4], heads
+    ).map(lambda ms: [p for m in ms for p in params(m)])
 
 
-IMAGENET = {((2, 2, 2, 2), False): models.ResNet18_Weights.DEFAULT, ((3, 4, 6, 3), False): models.ResNet34_Weights.DEFAULT,
-            ((3, 4, 6, 3), True): models.ResNet50_Weights.DEFAULT, ((3, 4, 23, 3), True): models.ResNet101_Weights.DEFAULT}
+IMAGENET = {
+    ((2, 2, 2, 2), False): models.ResNet18_Weights.DEFAULT,
+    ((3, 4, 6, 3), False): models.ResNet34_Weights.DEFAULT,
+    ((3, 4, 6, 3), True): models.ResNet50_Weights.DEFAULT,
+    ((3, 4, 23, 3), True): models.ResNet101_Weights.DEFAULT,
+}
 
 
 def load_imagenet(
@@ -606,10 +704,17 @@ def load_imagenet(
     "Start from torchvision's ImageNet weights; needs the internet the first time."
     c = model.config.backbone
     weights = IMAGENET.get((tuple(c.layers), c.bottleneck)) if c.width == 64 else None
-    if weights is None: raise ValueError(f'pretrained: there are no ImageNet weights for layers={c.layers}, width={c.width}; use RESNET18, 34, 50 or 101, or pretrained=False.')
+    if weights is None:
+        raise ValueError(
+            f'pretrained: there are no ImageNet weights for layers={c.layers}, width={c.width}; '
+            f'use RESNET18, 34, 50 or 101, or pretrained=False.'
+        )
     try: state = weights.get_state_dict(progress=True)
     except Exception as e:
-        raise RuntimeError(f'pretrained: {weights.url} cannot be downloaded ({e}); train from scratch with pretrained=False, or put the file into {torch.hub.get_dir()}/checkpoints.') from e
+        raise RuntimeError(
+            f'pretrained: {weights.url} cannot be downloaded ({e}); train from scratch with '
+            f'pretrained=False, or put the file into {torch.hub.get_dir()}/checkpoints.'
+        ) from e
     state['conv1.weight'] = spread_channels(state['conv1.weight'], c.in_channels)
     model.backbone.body.load_state_dict({k: v for k, v in state.items() if not k.startswith('fc.')})
     return model
@@ -622,7 +727,8 @@ def mask_rcnn_learner(
     seed=0,             # of the initial weights and of every epoch
     cbs=(),             # more callbacks
     metrics=(),         # more columns
-    model=None,         # a network that was trained before, with its own configuration, in place of a fresh one
+    # a network that was trained before, with its own configuration, in place of a fresh one
+    model=None,
     **kwargs,           # of the Learner
 ) -> Learner:
     "An ordinary fastai Learner for Mask R-CNN."
@@ -632,12 +738,18 @@ def mask_rcnn_learner(
     set_seed(seed)
     model, parts = model or MaskRCNN(config), LossParts()
     if pretrained: load_imagenet(model)
-    model = model.to(memory_format=torch.channels_last)   # the order of memory that convolutions like best
+    # the order of memory that convolutions like best
+    model = model.to(memory_format=torch.channels_last)
     for dl in dls.loaders:
         for f in dl.after_item.fs:
-            if isinstance(f, ToSlots): f.aligned, f.mean = config.head.aligned, config.backbone.mean   # so that what is shown is pasted as it was learned
-    return Learner(dls, model, loss_func=total_loss, splitter=split_model, metrics=[*parts.metrics(), *L(metrics)],
-                   cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), ShareBatches(), *L(cbs)], **kwargs)
+            # so that what is shown is pasted as it was learned
+            if isinstance(f, ToSlots):
+                f.aligned, f.mean = config.head.aligned, config.backbone.mean
+    return Learner(
+        dls, model, loss_func=total_loss, splitter=split_model,
+        metrics=[*parts.metrics(), *L(metrics)],
+        cbs=[PassTargets(), Detect(), parts, EpochSeed(seed), ShareBatches(), *L(cbs)], **kwargs
+    )
 
 # %% ../nbs/20_learner.ipynb #6f06397c
 @dispatch
@@ -649,18 +761,31 @@ def tensorboard_log(x: TensorImage, y: Slots, samples, outs, writer, step):
 
 # %% ../nbs/20_learner.ipynb #31e1312e
 @dispatch
-def show_results(x: TensorImage, y: Slots, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize, double=True, title='truth, prediction')
+def show_results(
+    x: TensorImage, y: Slots, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None,
+    figsize=None, **kwargs
+):
+    if ctxs is None:
+        ctxs = get_grid(
+            min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize, double=True,
+            title='truth, prediction',
+        )
     show_pairs(samples, ctxs[::2], **kwargs)
     show_pairs([(s[0], *o) for s, o in zip(samples, outs)], ctxs[1::2], **kwargs)
     return ctxs
 
 
 @dispatch
-def plot_top_losses(x: TensorImage, y: Slots, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+def plot_top_losses(
+    x: TensorImage, y: Slots, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None,
+    **kwargs
+):
     axes = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, double=True)
     show_pairs(samples, axes[::2], [f'truth, loss {l:.2f}' for l in losses], **kwargs)
-    show_pairs([(s[0], *o) for s, o in zip(samples, outs)], axes[1::2], ['prediction'] * len(samples), **kwargs)
+    show_pairs(
+        [(s[0], *o) for s, o in zip(samples, outs)], axes[1::2], ['prediction'] * len(samples),
+        **kwargs
+    )
 
 
 class LossInterpretation(Interpretation):
@@ -674,7 +799,9 @@ def to_input(
     image: np.ndarray,   # (H, W, 3) uint8
     model: MaskRCNN,
     multiple=64,         # the sides become multiples of this, pixels
-    levels=None,         # brightness that becomes black and white, where the model stretches; of the picture itself if not given
+    # brightness that becomes black and white, where the model stretches; of the picture
+    # itself if not given
+    levels=None,
 ) -> Tensor:             # (1, 3, H', W') in 0..1
     "A picture as the model wants it."
     check_channels(image, model.config)
@@ -724,7 +851,9 @@ def predict_instances(
 # %% ../nbs/20_learner.ipynb #dac39cd9
 class Stages(Callback):
     "Which groups of parameters learn, and how fast, by epoch."
-    def __init__(self, *stages): self.stages = stages   # (epochs, groups that stand still, learning rate); for `fit`, not for a cycle
+    # (epochs, groups that stand still, learning rate); for `fit`, not for a cycle
+    def __init__(self, *stages):
+        self.stages = stages
     def before_train(self):
         epoch = self.epoch
         for n, frozen, lr in self.stages:
@@ -741,7 +870,8 @@ def heads_first(
     epochs: int,    # 4 or more
     lr=1e-3,        # of the first two stages
 ) -> Stages:
-    "A quarter of the time pyramid and heads, half of it with C4 and C5, a quarter everything at a tenth of the rate."
+    """A quarter of the time pyramid and heads, half of it with C4 and C5, a quarter everything at a
+    tenth of the rate."""
     quarter = max(1, epochs // 4)
     return Stages((quarter, 2, lr), (epochs - 2 * quarter, 1, lr), (quarter, 0, lr / 10))
 
@@ -757,14 +887,25 @@ class PredictionPicture(Callback):
     ):
         self.folder, self.n, self.every, self.min_score = Path(path), n, every, min_score
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
+    def before_fit(self):
+        self.run = (
+            not hasattr(self.learn, 'lr_finder')
+            and not hasattr(self.learn, 'gather_preds')
+            and rank_distrib() == 0
+        )
     def after_epoch(self):
         if (self.epoch + 1) % self.every: return
         items = self.dls.valid_ds.items
         fig = Figure(figsize=(2 * self.n, 2), dpi=80, layout='constrained')
-        for item, ax in zip(items[::max(1, len(items) // self.n)], fig.subplots(1, self.n, squeeze=False)[0]):
+        for item, ax in zip(
+            items[:: max(1, len(items) // self.n)], fig.subplots(1, self.n, squeeze=False)[0]
+        ):
             sample = item.dataset[item.index]
-            show_instances(sample.image, predict_instances(get_model(self.model), sample.image, self.min_score), ax, item.dataset.classes)
+            show_instances(
+                sample.image,
+                predict_instances(get_model(self.model), sample.image, self.min_score), ax,
+                item.dataset.classes,
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         fig.savefig(self.folder / f'epoch_{self.epoch:03}.png')
 
@@ -773,18 +914,27 @@ def diagram_boxes(
     model: MaskRCNN,
 ) -> dict[str, list[nn.Module]]:   # name of the box: its modules
     "The boxes of the diagram that learn, in the order of computation."
-    return dict(resnet=[model.backbone.body], fpn=[model.backbone.fpn], rpn_head=[model.rpn.head],
-                box_head=[model.box_head, model.box_predictor], mask_head=[model.mask_head, model.mask_predictor])
+    return dict(
+        resnet=[model.backbone.body], fpn=[model.backbone.fpn], rpn_head=[model.rpn.head],
+        box_head=[model.box_head, model.box_predictor],
+        mask_head=[model.mask_head, model.mask_predictor],
+    )
 
 # %% ../nbs/20_learner.ipynb #ad89cd74
 class EMA(Callback):
-    "A running average of the weights: it is what is validated, saved and kept; the raw weights go on learning."
+    """A running average of the weights: it is what is validated, saved and kept; the raw weights go
+    on learning."""
     order = -11   # before the model is put in training or evaluation mode
-    def __init__(self, decay=0.998): self.decay, self.average, self.raw, self.saved = decay, None, None, None
+    def __init__(self, decay=0.998):
+        self.decay, self.average, self.raw, self.saved = decay, None, None, None
 
     def blend(self, average, current, n):
         "Fast at first, when the average is of hardly anything."
-        return current.lerp(average, min(self.decay, (1 + n) / (10 + n))) if average.is_floating_point() else current
+        return (
+            current.lerp(average, min(self.decay, (1 + n) / (10 + n)))
+            if average.is_floating_point()
+            else current
+        )
 
     def before_fit(self): self.use_raw()
     def before_train(self):
@@ -795,7 +945,8 @@ class EMA(Callback):
 
     def after_step(self): self.average.update_parameters(get_model(self.model))
     def before_validate(self):
-        if self.average and self.raw is None: self.raw, self.learn.model = self.model, self.average.module
+        if self.average and self.raw is None:
+            self.raw, self.learn.model = self.model, self.average.module
 
     def after_fit(self):
         self.use_raw()
@@ -821,7 +972,8 @@ def raw_model(learn: Learner) -> MaskRCNN:
 
 
 class SaveState(Callback):
-    "After each epoch: everything needed to go on in `path/state.pth`, and the table so far in `path/history.csv`."
+    """After each epoch: everything needed to go on in `path/state.pth`, and the table so far in
+    `path/history.csv`."""
     order = 70   # last: when the state is there, so is all that other callbacks write
     def __init__(self,
         path,      # folder
@@ -829,11 +981,21 @@ class SaveState(Callback):
         smooth=None, # running mean of the training loss, from before the run was resumed
         **extra,     # plain values to keep with the state
     ):
-        self.folder, self.rows, self.smooth, self.extra, self.done = Path(path), list(rows), smooth, extra, False
+        self.folder, self.rows, self.smooth, self.extra, self.done = (
+            Path(path), list(rows), smooth, extra, False,
+        )
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
-        if self.smooth: self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = torch.tensor(self.smooth[0]), self.smooth[1]
+        self.run = (
+            not hasattr(self.learn, 'lr_finder')
+            and not hasattr(self.learn, 'gather_preds')
+            and rank_distrib() == 0
+        )
+        if self.smooth:
+            self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = (
+                torch.tensor(self.smooth[0]),
+                self.smooth[1],
+            )
 
     def before_epoch(self): self.trained = self.done = False
     def after_train(self): self.trained = True
@@ -841,19 +1003,28 @@ class SaveState(Callback):
     def after_epoch(self):
         if not self.done: return   # skipped, because it was done before the run was resumed
         self.rows.append([float(x) if i else int(x) for i, x in enumerate(self.recorder.log[:-1])])
-        write_atomic(self.folder / 'history.csv', history_csv(self.recorder.metric_names[:-1], self.rows))
+        write_atomic(
+            self.folder / 'history.csv', history_csv(self.recorder.metric_names[:-1], self.rows)
+        )
         save_atomic(self.state(), self.folder / 'state.pth')
 
     def state(self) -> dict:
         "Weights, their average, optimiser, table, and what else was given."
         ema = getattr(self.learn, 'ema', None)
-        return dict(model=raw_model(self.learn).state_dict(), average=ema.average.state_dict() if ema else None, opt=plain(self.opt.state_dict()),
-                    epochs=self.epoch + 1, rows=self.rows, smooth=[float(self.recorder.smooth_loss.val), self.recorder.smooth_loss.count], **self.extra)
+        return dict(
+            model=raw_model(self.learn).state_dict(),
+            average=ema.average.state_dict() if ema else None, opt=plain(self.opt.state_dict()),
+            epochs=self.epoch + 1, rows=self.rows,
+            smooth=[float(self.recorder.smooth_loss.val), self.recorder.smooth_loss.count],
+            **self.extra
+        )
 
 
 def history_csv(names, rows) -> bytes:
     "The table of a run as comma-separated values."
-    return '\n'.join([','.join(names), *(','.join(f'{x:.6g}' for x in row) for row in rows), '']).encode()
+    return '\n'.join(
+        [','.join(names), *(','.join(f'{x:.6g}' for x in row) for row in rows), '']
+    ).encode()
 
 
 def plain(x):
@@ -878,7 +1049,10 @@ def find_state(
 ) -> Path:
     "The file to go on from."
     file = Path(path) / 'state.pth'
-    if not file.is_file(): raise DataError(f'{file}: not there, so there is nothing to resume; start without --resume.')
+    if not file.is_file():
+        raise DataError(
+            f'{file}: not there, so there is nothing to resume; start without --resume.'
+        )
     return file
 
 
@@ -889,13 +1063,23 @@ def load_state(
     "Model and optimiser as they were after the last finished epoch."
     file = find_state(path)
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise DataError(f'{file}: cannot be read ({type(e).__name__}); start again without --resume.') from e
+    except Exception as e:
+        raise DataError(
+            f'{file}: cannot be read ({type(e).__name__}); start again without --resume.'
+        ) from e
     if learn.opt is None: learn.create_opt()
     average, ema = state.pop('average', None), getattr(learn, 'ema', None)
-    if (average is None) != (ema is None): raise DataError(f'{file}: was saved {"without" if average is None else "with"} EMA; resume in the same way.')
+    if (average is None) != (ema is None):
+        raise DataError(
+            f'{file}: was saved {"without" if average is None else "with"} EMA; resume in the '
+            f'same way.'
+        )
     try:
         learn.model.load_state_dict(state.pop('model'))
         learn.opt.load_state_dict(state.pop('opt'))
         if ema: ema.saved = average
-    except (KeyError, RuntimeError, ValueError): raise DataError(f'{file}: does not fit this model; resume with the data that the run was started with.') from None
+    except (KeyError, RuntimeError, ValueError):
+        raise DataError(
+            f'{file}: does not fit this model; resume with the data that the run was started with.'
+        ) from None
     return state

@@ -23,8 +23,11 @@ from .mask_rcnn import MaskRCNN
 def expected_losses(
     n_classes: int,          # K, with background
 ) -> dict[str, float]:
-    "What guessing costs. The box losses have no such number: they are as large as the boxes are off."
-    return dict(loss_objectness=math.log(2), loss_classifier=math.log(n_classes), loss_mask=math.log(2))
+    """What guessing costs. The box losses have no such number: they are as large as the boxes are
+    off."""
+    return dict(
+        loss_objectness=math.log(2), loss_classifier=math.log(n_classes), loss_mask=math.log(2)
+    )
 
 
 def first_losses(
@@ -32,14 +35,20 @@ def first_losses(
 ) -> dict[str, float]:
     "The losses of one batch, as the model is now."
     xb, yb = learn.dls.train.one_batch()
-    with torch.no_grad(): return {k: v.item() for k, v in get_model(learn.model)(*(t.as_subclass(Tensor) for t in (xb, *yb))).items()}
+    with torch.no_grad():
+        return {
+            k: v.item()
+            for k, v in get_model(learn.model)(*(t.as_subclass(Tensor) for t in (xb, *yb))).items()
+        }
 
 # %% ../nbs/20b_loss_doctor.ipynb #e1773ede
 def gradient_norms(
     model: MaskRCNN,
 ) -> dict[str, float]:   # by box of the diagram
     "How strongly the losses pull at each box."
-    norm = lambda modules: sum(float(p.grad.square().sum()) for m in modules for p in m.parameters() if p.grad is not None) ** .5
+    def norm(modules):
+        grads = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+        return sum(float(g.square().sum()) for g in grads) ** .5
     return {name: norm(modules) for name, modules in diagram_boxes(model).items()}
 
 
@@ -51,7 +60,8 @@ class GradNorms(Callback):
 
     def plot(self, ax=None):
         ax = ax or plt.subplots(figsize=(5, 2.4))[1]
-        for name, style in zip(self.norms[0], ('-', '--', '-.', ':', '-')): ax.plot([n[name] for n in self.norms], style, label=name)
+        for name, style in zip(self.norms[0], ('-', '--', '-.', ':', '-')):
+            ax.plot([n[name] for n in self.norms], style, label=name)
         ax.set(yscale='log', xlabel='step', title='norm of the gradient')
         ax.legend(fontsize=7)
         return ax
@@ -77,19 +87,24 @@ def overfit_batch(
 ) -> list[dict]:      # the five losses of each step
     "Learn one batch by heart."
     batch = SameBatch()
-    with learn.no_bar(), learn.no_logging(): learn.fit(-(-n_steps // len(learn.dls.train)), lr, cbs=[batch, *cbs])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(-(-n_steps // len(learn.dls.train)), lr, cbs=[batch, *cbs])
     return batch.losses[:n_steps]
 
 # %% ../nbs/20b_loss_doctor.ipynb #c164f378
 class NaNDoctor(Callback):
-    "Stop at the first loss or gradient that is not a number, and say in which box of the diagram and in which image it began."
+    """Stop at the first loss or gradient that is not a number, and say in which box of the diagram
+    and in which image it began."""
     order, run_valid = 20, False
     box = image = finding = None
     def after_loss(self):
         if not self.loss.isfinite(): self.stop()
 
     def after_backward(self):
-        if not hasattr(self.learn, 'mixed_precision') and not all(map(math.isfinite, gradient_norms(get_model(self.model)).values())): self.stop()
+        if not hasattr(self.learn, 'mixed_precision') and not all(
+            map(math.isfinite, gradient_norms(get_model(self.model)).values())
+        ):
+            self.stop()
 
     def stop(self):
         model, names = get_model(self.model), batch_names(self.dl, self.iter)
@@ -98,7 +113,8 @@ class NaNDoctor(Callback):
             if self.box: break
             self.box, what = first_nan(model, *one)
             self.image = name if self.box else 'none alone, only all together'
-        self.finding = f'epoch {self.epoch}, step {self.iter}: {what or "the loss"} of the box {self.box or "?"} is not a number; image: {self.image}.'
+        self.finding = (f'epoch {self.epoch}, step {self.iter}: {what or "the loss"} of the box '
+                        f'{self.box or "?"} is not a number; image: {self.image}.')
         print(self.finding)
         raise CancelFitException
 
@@ -114,7 +130,14 @@ def sick_box(
     model: MaskRCNN,
 ) -> str | None:     # box of the diagram
     "The first box with a weight that is not a number."
-    return next((name for name, modules in diagram_boxes(model).items() if no_number(p for m in modules for p in m.parameters())), None)
+    return next(
+        (
+            name
+            for name, modules in diagram_boxes(model).items()
+            if no_number(p for m in modules for p in m.parameters())
+        ),
+        None,
+    )
 
 
 def first_nan(
@@ -125,7 +148,11 @@ def first_nan(
     "Where the first number that is none appears, from the data to the losses and back."
     if no_number([image, *targets]): return 'data', 'the image or its ground truth'
     boxes, out = diagram_boxes(model), {}
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: out.setdefault(name, o)) for name, modules in boxes.items() for m in modules[-1:]]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, name=name: out.setdefault(name, o))
+        for name, modules in boxes.items()
+        for m in modules[-1:]
+    ]
     model.zero_grad()
     losses = model(image, *targets)
     for h in hooks: h.remove()
@@ -146,15 +173,21 @@ def read_curve(
     starts_low=False, # does the loss count positives only, of which there are few at first?
 ) -> str:
     "What it usually means when a loss looks like that."
-    if not np.isfinite([train, valid]).all(): return 'Not a number: ask NaNDoctor which box and which image.'
+    if not np.isfinite([train, valid]).all():
+        return 'Not a number: ask NaNDoctor which box and which image.'
     if guess and len(train) > 1 and (abs(np.array(train[1:]) - guess) < .05 * guess).all():
-        return 'Stuck at what guessing costs: no gradient, no positives among the targets, or far too small a rate.'
-    if max(*train, *valid) > 5 * (guess or 1): return 'Far larger than it can sensibly be: the rate is too high.'
+        return ('Stuck at what guessing costs: no gradient, no positives among the targets, '
+                'or far too small a rate.')
+    if max(*train, *valid) > 5 * (guess or 1):
+        return 'Far larger than it can sensibly be: the rate is too high.'
     train, valid = smoothed(train), smoothed(valid)
     best, late = int(valid.argmin()), max(1, len(valid) // 4)
-    if starts_low and train[-1] > train[0] and train.max() < 2: return 'Higher than at first: better proposals, so more boxes count. Wait.'
+    if starts_low and train[-1] > train[0] and train.max() < 2:
+        return 'Higher than at first: better proposals, so more boxes count. Wait.'
     if train[-1] > 1.2 * train.min(): return 'Training goes up again: the rate is too high.'
-    if valid[-1] > 1.1 * valid[best] and train[-1] < train[best]: return 'Training falls, validation rises: learned by heart. More images or augmentation, or stop here.'
+    if valid[-1] > 1.1 * valid[best] and train[-1] < train[best]:
+        return ('Training falls, validation rises: learned by heart. '
+                'More images or augmentation, or stop here.')
     if train[-1] > .97 * train[-1 - late]: return 'Flat: it has learned what it can at this rate.'
     return 'Still falling: more epochs will help.'
 
@@ -175,7 +208,9 @@ def read_total(
     loss, ap = (np.asarray(x, float) for x in (valid_loss, ap))
     loss, ap = loss[np.isfinite(ap)], ap[np.isfinite(ap)]
     rises, better = loss[-1] > 1.02 * loss.min(), len(ap) > 1 and ap[-1] >= ap[loss.argmin()]
-    if rises and better: return 'The total rises while AP rises: sure of more, and the few mistakes cost more. AP only asks for the order: believe AP.'
+    if rises and better:
+        return ('The total rises while AP rises: sure of more, and the few mistakes cost more. '
+                'AP only asks for the order: believe AP.')
     if rises: return 'The total rises and AP falls: stop earlier, at the best AP.'
     return 'The total and AP agree.'
 
@@ -188,12 +223,17 @@ def plot_losses(
     "Every loss in training and validation, what guessing costs, and a sentence."
     fig, axes = plt.subplots(1, 5, figsize=(15, 2.9), layout='constrained')
     for ax, (k, short) in zip(axes, SHORT.items()):
-        train, valid, guess = history[f't_{short}'], history[f'v_{short}'], expected_losses(n_classes).get(k)
+        train, valid, guess = (
+            history[f't_{short}'], history[f'v_{short}'], expected_losses(n_classes).get(k),
+        )
         ax.plot(train, label='train'), ax.plot(valid, '--', label='valid')
         if max(train + valid) > 100 * min(train + valid): ax.set_yscale('log')
         if guess: ax.axhline(guess, color='grey', ls=':', label='guessing')
         ax.set_title(k, fontsize=9)
-        ax.set_xlabel('\n'.join(textwrap.wrap(read_curve(train, valid, guess, k == 'loss_box_reg'), 38)), fontsize=7.5)
+        ax.set_xlabel(
+            '\n'.join(textwrap.wrap(read_curve(train, valid, guess, k == 'loss_box_reg'), 38)),
+            fontsize=7.5,
+        )
     axes[0].legend(fontsize=7)
     fig.suptitle(title)
     return fig

@@ -21,12 +21,16 @@ from skimage.color import hed2rgb, rgb2hed
 from torch.nn import functional as F
 
 import maskrcnn_edu
-from .data import IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, check_members, crop_boxes, read_image, rgb, runs, write_atomic
+from maskrcnn_edu.data import (
+    IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, check_members, crop_boxes,
+    read_image, rgb, runs, write_atomic,
+)
 from .evaluate import dsb_score, mean_dsb
 
 # %% ../nbs/23_nuclei.ipynb #3f26a422
 def find_nuclei(): # path or None
-    "The zip of real nuclei: where MASKRCNN_EDU_NUCLEI says, or shared/data/ beside the repository or the working folder"
+    """The zip of real nuclei: where MASKRCNN_EDU_NUCLEI says, or shared/data/ beside the repository
+    or the working folder"""
     given = os.environ.get('MASKRCNN_EDU_NUCLEI')
     if given: return Path(given)
     roots = [Path(maskrcnn_edu.__file__).resolve().parents[1], Path.cwd()]
@@ -48,15 +52,26 @@ class Files:
     path: Path
 
     def names(self): # list of str, sorted
-        if self.path.is_dir(): return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file())
-        if not self.path.exists(): raise DataError(f'{self.path}: there is no such folder or file; check the path')
+        if self.path.is_dir():
+            return sorted(
+                p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()
+            )
+        if not self.path.exists():
+            raise DataError(f'{self.path}: there is no such folder or file; check the path')
         try: archive = open_zip(str(self.path), os.getpid())
-        except (zipfile.BadZipFile, OSError): raise DataError(f'{self.path}: this is neither a folder nor a zip; give one of them') from None
+        except (zipfile.BadZipFile, OSError):
+            raise DataError(
+                f'{self.path}: this is neither a folder nor a zip; give one of them'
+            ) from None
         check_members(archive, self.path)
         return sorted(n for n in archive.namelist() if not n.endswith('/'))
 
     def open(self, name): # binary file
-        return (self.path/name).open('rb') if self.path.is_dir() else open_zip(str(self.path), os.getpid()).open(name)
+        return (
+            (self.path / name).open('rb')
+            if self.path.is_dir()
+            else open_zip(str(self.path), os.getpid()).open(name)
+        )
 
 # %% ../nbs/23_nuclei.ipynb #f0d2d9cc
 @dataclass(frozen=True)
@@ -73,20 +88,34 @@ def group(
     out = {}
     for n in names:
         *_, key, folder, file = ['', '', *n.split('/')]
-        if folder in ('images', 'masks') and not file.startswith('.') and '__MACOSX' not in n and key:
-            if Path(file).suffix.lower() in ('.png', '.tif', '.tiff', '.jpg', '.jpeg', '.bmp'): out.setdefault(key, {}).setdefault(folder, []).append(n)
+        if (
+            folder in ('images', 'masks')
+            and not file.startswith('.')
+            and '__MACOSX' not in n
+            and key
+        ):
+            if Path(file).suffix.lower() in ('.png', '.tif', '.tiff', '.jpg', '.jpeg', '.bmp'):
+                out.setdefault(key, {}).setdefault(folder, []).append(n)
     return {k: v for k, v in out.items() if 'images' in v}
 
 def read_mask(
     file, # open file
     shown, # its name, for messages
 ): # grey PIL image
-    "A mask file; most are grey and need no work, and only the pixels of the nucleus are ever unpacked"
+    """A mask file; most are grey and need no work, and only the pixels of the nucleus are ever
+    unpacked"""
     try:
         with Image.open(file) as im:
             if im.mode == 'L': return im.copy()
-            return Image.fromarray((np.asarray(im) > 0).astype(np.uint8) * 255 if im.mode[0] in 'IF' else rgb(im).max(2))
-    except IMAGE_ERRORS as e: raise DataError(f'{shown}: the mask cannot be read ({e}); replace it or remove it') from None
+            return Image.fromarray(
+                (np.asarray(im) > 0).astype(np.uint8) * 255
+                if im.mode[0] in 'IF'
+                else rgb(im).max(2)
+            )
+    except IMAGE_ERRORS as e:
+        raise DataError(
+            f'{shown}: the mask cannot be read ({e}); replace it or remove it'
+        ) from None
 
 @dataclass
 class NucleiReader:
@@ -99,7 +128,11 @@ class NucleiReader:
     def mask(self, name, size, shown): # bool crop, y, x
         "One mask file, cut to its pixels"
         with self.files.open(name) as f: mask = read_mask(f, shown)
-        if mask.size[::-1] != size: raise DataError(f"{shown}: the mask is {mask.height}x{mask.width} but the image is {size[0]}x{size[1]}; export the masks in the image's size")
+        if mask.size[::-1] != size:
+            raise DataError(
+                f"{shown}: the mask is {mask.height}x{mask.width} but the image is "
+                f"{size[0]}x{size[1]}; export the masks in the image's size"
+            )
         x1, y1, x2, y2 = mask.getbbox() or (0, 0, 0, 0)
         return np.asarray(mask.crop((x1, y1, x2, y2)), bool).reshape(y2 - y1, x2 - x1), y1, x1
 
@@ -109,11 +142,19 @@ class NucleiReader:
         where = lambda n: f'{self.files.path}/{n}'
         image = self.image(record.image, where(record.image))
         cuts = [(n, *self.mask(n, image.shape[:2], where(n))) for n in record.masks or ()]
-        faults = [Fault(n, 'empty mask', 'object dropped') for n, crop, _, _ in cuts if not crop.size]
-        if record.masks is None: faults.append(Fault(record.image, 'no mask files', 'taken as an image without objects'))
+        faults = [
+            Fault(n, 'empty mask', 'object dropped') for n, crop, _, _ in cuts if not crop.size
+        ]
+        if record.masks is None:
+            faults.append(Fault(record.image, 'no mask files', 'taken as an image without objects'))
         kept = [c for c in cuts if c[1].size]
-        crops, origins = [c[1] for c in kept], np.array([c[2:] for c in kept], np.int64).reshape(-1, 2)
-        instances = Instances(image.shape[:2], crop_boxes(crops, origins), np.ones(len(crops), np.int64), crops, origins)
+        crops, origins = [c[1] for c in kept], np.array([c[2:] for c in kept], np.int64).reshape(
+            -1, 2
+        )
+        instances = Instances(
+            image.shape[:2], crop_boxes(crops, origins), np.ones(len(crops), np.int64), crops,
+            origins,
+        )
         return Sample(image, instances, record.name), faults
 
 def read_nuclei(
@@ -124,12 +165,29 @@ def read_nuclei(
     "Nuclei from a folder or straight from a zip"
     files = Files(Path(path))
     found = group(files.names())
-    if not found: raise DataError(f'{path}: no <id>/images/*.png in it; Kaggle gives each image a folder with images/ and masks/')
+    if not found:
+        raise DataError(
+            f'{path}: no <id>/images/*.png in it; Kaggle gives each image a folder with images/ '
+            f'and masks/'
+        )
     unknown = [i for i in ids or () if i not in found]
-    if unknown: raise DataError(f'{path}: {len(unknown)} of the images asked for are not in it, such as {unknown[0]}; use the split that belongs to it')
+    if unknown:
+        raise DataError(
+            f'{path}: {len(unknown)} of the images asked for are not in it, such as {unknown[0]}; '
+            f'use the split that belongs to it'
+        )
     several = [i for i, v in found.items() if len(v['images']) > 1]
-    if several: raise DataError(f"{path}: {several[0]} has {len(found[several[0]]['images'])} files in images/; leave one")
-    records = [NucleiImage(i, found[i]['images'][0], tuple(found[i]['masks']) if 'masks' in found[i] else None) for i in ids or sorted(found)]
+    if several:
+        raise DataError(
+            f"{path}: {several[0]} has {len(found[several[0]]['images'])} files in images/; leave "
+            f"one"
+        )
+    records = [
+        NucleiImage(
+            i, found[i]['images'][0], tuple(found[i]['masks']) if 'masks' in found[i] else None
+        )
+        for i in ids or sorted(found)
+    ]
     return InstanceDataset(records, ['background', 'nucleus'], NucleiReader(files), cache)
 
 # %% ../nbs/23_nuclei.ipynb #4e6c32a4
@@ -138,12 +196,21 @@ def read_split(
 ): # dict: train (ids), valid (ids), kind (dict id -> kind)
     "A split of the images"
     try: rows = json.loads(Path(path).read_bytes())
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except ValueError as e: raise DataError(f'{path}: this is not a readable json ({e}); copy it again') from None
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except ValueError as e:
+        raise DataError(f'{path}: this is not a readable json ({e}); copy it again') from None
     try: out = {k: [r['id'] for r in rows[k]] for k in ('train', 'valid')}
-    except (KeyError, TypeError): raise DataError(f"{path}: not a split; it holds two lists 'train' and 'valid' of objects with 'id' and 'kind'") from None
-    if both := set(out['train']) & set(out['valid']): raise DataError(f'{path}: {min(both)} is in both train and valid; leave it in one')
-    return out | {'kind': {r['id']: r.get('kind', 'unknown') for k in ('train', 'valid') for r in rows[k]}}
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{path}: not a split; it holds two lists 'train' and 'valid' of objects with 'id' "
+            f"and 'kind'"
+        ) from None
+    if both := set(out['train']) & set(out['valid']):
+        raise DataError(f'{path}: {min(both)} is in both train and valid; leave it in one')
+    return out | {
+        'kind': {r['id']: r.get('kind', 'unknown') for k in ('train', 'valid') for r in rows[k]}
+    }
 
 def load_nuclei(
     path, # folder or zip in Kaggle's layout
@@ -160,12 +227,24 @@ def load_nuclei(
     if split:
         s = read_split(split)
         missing = [i for i in s['train'] + s['valid'] if i not in at]
-        if not missing: return *(whole.subset([at[i] for i in s[k]]) for k in ('train', 'valid')), s['kind']
+        if not missing:
+            return *(whole.subset([at[i] for i in s[k]]) for k in ('train', 'valid')), s['kind']
         if len(missing) < len(s['kind']) or places == [split]:
-            raise DataError(f'{path}: {len(missing)} images of {split} are not in it, such as {missing[0]}; give the split that belongs to it')
-    if len(whole) < 2: raise DataError(f'{path}: a split needs at least two images, found {len(whole)}; add images')
-    order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
-    return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])), {i: 'unknown' for i in whole.names}
+            raise DataError(
+                f'{path}: {len(missing)} images of {split} are not in it, such as {missing[0]}; '
+                f'give the split that belongs to it'
+            )
+    if len(whole) < 2:
+        raise DataError(
+            f'{path}: a split needs at least two images, found {len(whole)}; add images'
+        )
+    order, n = np.random.default_rng(seed).permutation(len(whole)), max(
+        1, round(len(whole) * valid)
+    )
+    return (
+        whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n])),
+        {i: 'unknown' for i in whole.names},
+    )
 
 # %% ../nbs/23_nuclei.ipynb #e5e32417
 def rubber(
@@ -174,9 +253,13 @@ def rubber(
     bend,         # pixels, standard deviation of the shift of a knot
     knots,        # along each side
 ):                # (H,W,2) x and y from which each pixel is taken, -1..1 across the picture
-    "Where every pixel comes from: a turn about the middle, and random shifts at a few knots, smooth between them"
+    """Where every pixel comes from: a turn about the middle, and random shifts at a few knots,
+    smooth between them"""
     h, w = size
-    y, x = torch.meshgrid(torch.linspace(1 - h, h - 1, h), torch.linspace(1 - w, w - 1, w), indexing='ij')  # twice the distance from the middle, pixels
+    # twice the distance from the middle, pixels
+    y, x = torch.meshgrid(
+        torch.linspace(1 - h, h - 1, h), torch.linspace(1 - w, w - 1, w), indexing='ij'
+    )
     shifts = torch.tensor(np.random.normal(0, 2 * bend, (1, 2, knots, knots)), dtype=torch.float32)
     dx, dy = F.interpolate(shifts, size=(h, w), mode='bicubic', align_corners=True)[0]
     cos, sin = math.cos(angle), math.sin(angle)
@@ -187,7 +270,9 @@ def bent(
     grid,         # (H,W,2)
 ):                # (n,H,W) float
     "Pixels taken from where the grid says"
-    return F.grid_sample(planes[None].float(), grid[None], padding_mode='reflection', align_corners=False)[0]
+    return F.grid_sample(
+        planes[None].float(), grid[None], padding_mode='reflection', align_corners=False
+    )[0]
 
 def bent_instances(
     instances,    # Instances
@@ -201,7 +286,8 @@ def bent_instances(
 
 # %% ../nbs/23_nuclei.ipynb #d12021c8
 class Elastic(ItemTransform):
-    "The picture turned and bent like rubber, and its masks with it; beyond its border it is mirrored (U-Net, section 3.1)."
+    """The picture turned and bent like rubber, and its masks with it; beyond its border it is
+    mirrored (U-Net, section 3.1)."""
     split_idx = 0
     def __init__(self,
         angle=45.,   # degrees, at most to either side
@@ -215,8 +301,12 @@ class Elastic(ItemTransform):
     def encodes(self, pair):
         image, instances = pair
         if random.random() >= self.p: return pair
-        grid = rubber(instances.size, math.radians(random.uniform(-self.angle, self.angle)), self.bend, self.knots)
-        return bent(torch.tensor(image).permute(2, 0, 1), grid).round().byte().permute(1, 2, 0).numpy(), bent_instances(instances, grid)
+        grid = rubber(
+            instances.size, math.radians(random.uniform(-self.angle, self.angle)), self.bend,
+            self.knots,
+        )
+        pixels = bent(torch.tensor(image).permute(2, 0, 1), grid).round().byte()
+        return pixels.permute(1, 2, 0).numpy(), bent_instances(instances, grid)
 
 # %% ../nbs/23_nuclei.ipynb #c008ba33
 def is_grey(
@@ -226,7 +316,8 @@ def is_grey(
     return np.ptp(image[::4, ::4].astype(np.int16), 2).mean() < 2
 
 class Stain(ItemTransform):
-    "Stained tissue dyed again: more or less of each dye; sometimes without colours. Grey pictures stay as they are."
+    """Stained tissue dyed again: more or less of each dye; sometimes without colours. Grey pictures
+    stay as they are."""
     split_idx = 0
     def __init__(self,
         strength=.25, # standard deviation of the logarithm of a dye's amount
@@ -238,8 +329,10 @@ class Stain(ItemTransform):
     def encodes(self, pair):
         image = pair[0]
         if is_grey(image): return pair
-        if random.random() < self.grey: return np.repeat(image.mean(2, keepdims=True).round().astype(np.uint8), 3, 2), pair[1]
-        dyes = rgb2hed(image) * np.exp(np.random.normal(0, self.strength, 3))   # haematoxylin, eosin, and a third that is rarely there
+        if random.random() < self.grey:
+            return np.repeat(image.mean(2, keepdims=True).round().astype(np.uint8), 3, 2), pair[1]
+        # haematoxylin, eosin, and a third that is rarely there
+        dyes = rgb2hed(image) * np.exp(np.random.normal(0, self.strength, 3))
         return (hed2rgb(dyes) * 255).round().astype(np.uint8), pair[1]
 
 # %% ../nbs/23_nuclei.ipynb #b2af7732
@@ -257,9 +350,15 @@ class Intensity(ItemTransform):
 
     def encodes(self, pair):
         image, instances = pair
-        image = 255 * (image / np.float32(255)) ** np.float32(np.exp(random.uniform(-self.gamma, self.gamma)))
-        if random.random() < self.p: image = gaussian_filter(image, random.uniform(0, self.blur), axes=(0, 1))
-        if random.random() < self.p: image = image + np.random.normal(0, random.uniform(0, self.noise), (*image.shape[:2], 1)).astype(np.float32)
+        image = 255 * (image / np.float32(255)) ** np.float32(
+            np.exp(random.uniform(-self.gamma, self.gamma))
+        )
+        if random.random() < self.p:
+            image = gaussian_filter(image, random.uniform(0, self.blur), axes=(0, 1))
+        if random.random() < self.p:
+            image = image + np.random.normal(
+                0, random.uniform(0, self.noise), (*image.shape[:2], 1)
+            ).astype(np.float32)
         return image.clip(0, 255).round().astype(np.uint8), instances
 
 # %% ../nbs/23_nuclei.ipynb #c28dec20
@@ -268,18 +367,27 @@ def balanced(
     kinds,        # dict name -> kind
     n,            # pictures an epoch, about
 ):                # indices, each at least once
-    "Of each kind by the square root of how many there are; in a kind the larger images more often, by the square root of their area"
+    """Of each kind by the square root of how many there are; in a kind the larger images more
+    often, by the square root of their area"""
     groups = collections.Counter(kinds.get(name, 'unknown') for name in dataset.names)
     side = np.array([math.sqrt(math.prod(dataset[i].image.shape[:2])) for i in range(len(dataset))])
     kind = np.array([kinds.get(name, 'unknown') for name in dataset.names])
-    share = sum(np.where(kind == k, math.sqrt(m) * side / side[kind == k].sum(), 0) for k, m in groups.items())   # (images,)
-    return np.repeat(np.arange(len(dataset)), np.maximum(1, (n * share / share.sum()).round()).astype(int))
+    # (images,)
+    share = sum(
+        np.where(kind == k, math.sqrt(m) * side / side[kind == k].sum(), 0)
+        for k, m in groups.items()
+    )
+    return np.repeat(
+        np.arange(len(dataset)), np.maximum(1, (n * share / share.sum()).round()).astype(int)
+    )
 
 # %% ../nbs/23_nuclei.ipynb #badae39e
 def remove_overlaps(
     instances, # Instances
     min_area=12, # pixels; smaller remains are dropped (the smallest true nucleus has 21)
-    min_share=.5, # of its own pixels that an object must keep; what keeps less is most often a second find of the same object
+    # of its own pixels that an object must keep; what keeps less is most often a second find
+    # of the same object
+    min_share=.5,
 ): # Instances, no pixel in two of them
     "Each pixel to the best score, by way of the label map"
     label_map = instances.label_map()
@@ -287,7 +395,10 @@ def remove_overlaps(
     own = np.array([c.sum() for c in instances.crops], int)  # (n,)
     keep = np.flatnonzero((area >= max(min_area, 1)) & (area >= min_share * own))
     alone = Instances.from_label_map(np.where(np.isin(label_map, keep + 1), label_map, 0))
-    return replace(alone, labels=instances.labels[keep], scores=None if instances.scores is None else instances.scores[keep])
+    return replace(
+        alone, labels=instances.labels[keep],
+        scores=None if instances.scores is None else instances.scores[keep],
+    )
 
 # %% ../nbs/23_nuclei.ipynb #5a3e60d7
 def pairs(
@@ -310,10 +421,14 @@ def rle_decode(
 ): # (H,W) uint8
     "The mask of Kaggle's run lengths"
     numbers = np.array(text.split(), np.int64)
-    if len(numbers) % 2: raise DataError(f"run lengths come in pairs, but '{text[:40]}' has {len(numbers)} numbers")
+    if len(numbers) % 2:
+        raise DataError(f"run lengths come in pairs, but '{text[:40]}' has {len(numbers)} numbers")
     flat = np.zeros(size[0] * size[1], np.uint8)
     for start, n in numbers.reshape(-1, 2):
-        if start < 1 or n < 0 or start - 1 + n > len(flat): raise DataError(f'the run {start} {n} lies outside an image of {size[0]}x{size[1]} pixels')
+        if start < 1 or n < 0 or start - 1 + n > len(flat):
+            raise DataError(
+                f'the run {start} {n} lies outside an image of {size[0]}x{size[1]} pixels'
+            )
         flat[start - 1:start - 1 + n] = 1
     return flat.reshape(size[1], size[0]).T
 
@@ -325,7 +440,9 @@ def submission_csv(
     rows = ['ImageId,EncodedPixels']
     for name, found in predictions.items():
         alone = remove_overlaps(found)
-        rows += [f'{name},{pairs(runs(c, o, alone.size))}' for c, o in zip(alone.crops, alone.origins)] or [f'{name},']
+        rows += [
+            f'{name},{pairs(runs(c, o, alone.size))}' for c, o in zip(alone.crops, alone.origins)
+        ] or [f'{name},']
     write_atomic(path, ('\n'.join(rows) + '\n').encode())
     return Path(path)
 
@@ -337,8 +454,14 @@ def dsb_table(
 ): # dict: dsb, ap_by_iou, by_kind
     "Nuclei score over all images and over each kind"
     missing = [n for n in dataset.names if n not in predictions]
-    if missing: raise ValueError(f'{len(missing)} images have no prediction, such as {missing[0]}; predict all of them')
+    if missing:
+        raise ValueError(
+            f'{len(missing)} images have no prediction, such as {missing[0]}; predict all of them'
+        )
     scores = {s.name: dsb_score(s.instances, remove_overlaps(predictions[s.name])) for s in dataset}
     groups = {}
-    for name in scores: groups.setdefault((kinds or {}).get(name, 'unknown'), []).append(scores[name])
-    return mean_dsb(list(scores.values())) | {'by_kind': {k: {'images': len(v)} | mean_dsb(v) for k, v in sorted(groups.items())}}
+    for name in scores:
+        groups.setdefault((kinds or {}).get(name, 'unknown'), []).append(scores[name])
+    return mean_dsb(list(scores.values())) | {
+        'by_kind': {k: {'images': len(v)} | mean_dsb(v) for k, v in sorted(groups.items())}
+    }

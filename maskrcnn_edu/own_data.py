@@ -27,8 +27,11 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import label as components
 
 from .anchor_sizes import nearest_anchor_iou, recommend_anchors
-from .data import (IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict, find_images,
-    fit_box, four_numbers, load_json, number, open_data, read_image, read_mask, tight, write_atomic)
+from maskrcnn_edu.data import (
+    IMAGE_ERRORS, DataError, Fault, InstanceDataset, Instances, Sample, build_folder, coco_dict,
+    find_images, fit_box, four_numbers, load_json, number, open_data, read_image, read_mask, tight,
+    write_atomic,
+)
 from .nuclei import read_mask as read_mask_file
 
 # %% ../nbs/23d_own_data.ipynb #e3dd768d
@@ -47,8 +50,12 @@ def draw_coco(
     size, # (H,W)
 ): # (H,W) uint8
     "The pixels of a COCO annotation"
-    if isinstance(segmentation, list) and not all(isinstance(p, list) for p in segmentation): raise ValueError('numbers where a list of polygons is meant')
-    mask = read_mask([polygon(p) for p in segmentation] if isinstance(segmentation, list) else segmentation, size, '')
+    if isinstance(segmentation, list) and not all(isinstance(p, list) for p in segmentation):
+        raise ValueError('numbers where a list of polygons is meant')
+    mask = read_mask(
+        [polygon(p) for p in segmentation] if isinstance(segmentation, list) else segmentation,
+        size, '',
+    )
     if isinstance(mask, str): raise ValueError(mask)
     return mask
 
@@ -72,9 +79,13 @@ def draw_via(
     kind, get = shape.get('name'), lambda *keys: [shape.get(k) for k in keys]
     if kind in ('polygon', 'polyline'):
         xs, ys = get('all_points_x', 'all_points_y')
-        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys): raise ValueError('coordinates that are not numbers')
+        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+            raise ValueError('coordinates that are not numbers')
         return draw_coco([[v for pair in zip(xs, ys) for v in pair]], size)
-    keys = dict(rect=('x', 'y', 'width', 'height'), circle=('cx', 'cy', 'r', 'r'), ellipse=('cx', 'cy', 'rx', 'ry')).get(kind)
+    keys = dict(
+        rect=('x', 'y', 'width', 'height'), circle=('cx', 'cy', 'r', 'r'),
+        ellipse=('cx', 'cy', 'rx', 'ry'),
+    ).get(kind)
     if keys is None: raise ValueError(f'a {kind}, which has no area')
     numbers = get(*keys)
     if not four_numbers(numbers): raise ValueError('coordinates that are not numbers')
@@ -90,7 +101,11 @@ def draw_file(
 ): # (H,W) bool
     "The pixels of a mask file: what is brighter than half of its brightest"
     mask = np.asarray(read_mask_file(path, path))
-    if mask.shape != tuple(size): raise DataError(f"{path}: the mask is {mask.shape[0]}x{mask.shape[1]} but the image is {size[0]}x{size[1]}; export the masks in the image's size")
+    if mask.shape != tuple(size):
+        raise DataError(
+            f"{path}: the mask is {mask.shape[0]}x{mask.shape[1]} but the image is "
+            f"{size[0]}x{size[1]}; export the masks in the image's size"
+        )
     return mask > mask.max() / 2
 
 # %% ../nbs/23d_own_data.ipynb #c3cc7671
@@ -100,10 +115,17 @@ def read_labels(
     "A label map: grey or indexed of any depth, or a colour an object"
     try:
         with Image.open(path) as im:
-            if im.format == 'JPEG': raise DataError(f'{path}: a label map in JPEG, which blurs the numbers; export it as PNG or TIFF')
+            if im.format == 'JPEG':
+                raise DataError(
+                    f'{path}: a label map in JPEG, which blurs the numbers; export it as PNG or '
+                    f'TIFF'
+                )
             x = np.asarray(im.convert('RGB') if im.mode in ('RGBA', 'CMYK', 'YCbCr') else im)
     except DataError: raise
-    except IMAGE_ERRORS as e: raise DataError(f'{path}: the label map cannot be read ({e}); replace it or remove its image') from None
+    except IMAGE_ERRORS as e:
+        raise DataError(
+            f'{path}: the label map cannot be read ({e}); replace it or remove its image'
+        ) from None
     if x.ndim == 3: x = x.astype(np.int64) @ (256 ** np.arange(x.shape[2]))  # (H,W,C) -> (H,W)
     return np.nan_to_num(x).astype(np.int64).clip(0)
 
@@ -146,14 +168,20 @@ class Part:
     kinds: list = field(default_factory=list) # names of the classes, without background
     findings: list = field(default_factory=list)
 
-    def say(self, path, fault, action, stops=False): self.findings.append(Finding(str(path), fault, action, stops))
+    def say(self, path, fault, action, stops=False):
+        self.findings.append(Finding(str(path), fault, action, stops))
 
 # %% ../nbs/23d_own_data.ipynb #a15519fe
 def json_files(
     folder, # path
 ): # list of path
     "The jsons of a folder"
-    return [p for g in ('annotations/*.json', '*.json') for p in sorted(Path(folder).glob(g)) if not p.name.startswith('.')]
+    return [
+        p
+        for g in ('annotations/*.json', '*.json')
+        for p in sorted(Path(folder).glob(g))
+        if not p.name.startswith('.')
+    ]
 
 @functools.lru_cache(maxsize=4)
 def parse(path, changed): return json.loads(Path(path).read_bytes())
@@ -172,7 +200,11 @@ def via_rows(
     if not isinstance(found, dict): return []
     rows = found.get('_via_img_metadata', found)
     rows = list(rows.values()) if isinstance(rows, dict) else []
-    return rows if all(isinstance(r, dict) and 'filename' in r and 'regions' in r for r in rows) else []
+    return (
+        rows
+        if all(isinstance(r, dict) and 'filename' in r and 'regions' in r for r in rows)
+        else []
+    )
 
 def json_kind(
     path, # of a json
@@ -194,9 +226,16 @@ def once(
     "Rows by their id, the first where an id comes twice"
     out = {}
     for row in rows:
-        missing = [k for k in ('id', key) if not isinstance(row, dict) or not isinstance(row.get(k), (int, str))]
+        missing = [
+            k
+            for k in ('id', key)
+            if not isinstance(row, dict) or not isinstance(row.get(k), (int, str))
+        ]
         if missing: part.say(path, f"{kind} {str(row)[:60]} has no '{missing[0]}'", 'add it', True)
-        elif row['id'] in out: part.say(path, f"{kind} id {row['id']} appears twice", f'give each {kind} its own id', True)
+        elif row['id'] in out:
+            part.say(
+                path, f"{kind} id {row['id']} appears twice", f'give each {kind} its own id', True
+            )
         else: out[row['id']] = row
     return out
 
@@ -207,24 +246,58 @@ def coco_part(
     part = Part()
     try: found = load_json(path)
     except DataError as e: return Part(findings=[from_error(path, e)])
-    images, categories = once(part, path, found['images'], 'image', 'file_name'), once(part, path, found['categories'], 'category', 'name')
+    images, categories = once(part, path, found['images'], 'image', 'file_name'), once(
+        part, path, found['categories'], 'category', 'name'
+    )
     folder = find_images(path, [str(r['file_name']) for r in images.values()])
     size = lambda r: (r['height'], r['width']) if 'height' in r and 'width' in r else None
-    entries = {i: Entry(str(Path(str(r['file_name'])).with_suffix('')), folder/str(r['file_name']), size=size(r)) for i, r in images.items()}
-    part.entries, part.kinds = list(entries.values()), [str(categories[i]['name']) for i in sorted(categories, key=lambda i: (isinstance(i, str), i))]
+    entries = {
+        i: Entry(
+            str(Path(str(r['file_name'])).with_suffix('')), folder / str(r['file_name']),
+            size=size(r),
+        )
+        for i, r in images.items()
+    }
+    part.entries, part.kinds = list(entries.values()), [
+        str(categories[i]['name'])
+        for i in sorted(categories, key=lambda i: (isinstance(i, str), i))
+    ]
     if not categories: part.say(path, 'no categories', 'name the classes', True)
     ids = set()
     for n, row in enumerate(found['annotations']):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), (int, str)) for k in ('image_id', 'category_id')):
-            part.say(path, f"annotation {str(row)[:60]} has no 'image_id' and 'category_id'", 'add them', True)
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(k), (int, str)) for k in ('image_id', 'category_id')
+        ):
+            part.say(
+                path, f"annotation {str(row)[:60]} has no 'image_id' and 'category_id'", 'add them',
+                True,
+            )
             continue
         where = f"annotation {row.get('id', f'number {n}')}"
-        if str(row.get('id')) in ids: part.say(path, f'{where.replace("annotation", "annotation id")} appears twice', 'both kept')
+        if str(row.get('id')) in ids:
+            part.say(
+                path, f'{where.replace("annotation", "annotation id")} appears twice', 'both kept'
+            )
         if 'id' in row: ids.add(str(row['id']))
-        if row['image_id'] not in entries: part.say(path, f"{where} is of image {row['image_id']}, which is not in the list", 'add the image or remove the annotation', True)
-        elif row['category_id'] not in categories: part.say(path, f"{where} has the unknown category {row['category_id']}", f'take one of {sorted(categories, key=str)}', True)
-        elif row.get('iscrowd'): part.say(entries[row['image_id']].path, f'{where}: a crowd, not one object', 'ignored')
-        else: entries[row['image_id']].objects.append(Raw(where, str(categories[row['category_id']]['name']), partial(draw_coco, row.get('segmentation')), row.get('bbox')))
+        if row['image_id'] not in entries:
+            part.say(
+                path, f"{where} is of image {row['image_id']}, which is not in the list",
+                'add the image or remove the annotation', True,
+            )
+        elif row['category_id'] not in categories:
+            part.say(
+                path, f"{where} has the unknown category {row['category_id']}",
+                f'take one of {sorted(categories, key=str)}', True,
+            )
+        elif row.get('iscrowd'):
+            part.say(entries[row['image_id']].path, f'{where}: a crowd, not one object', 'ignored')
+        else:
+            entries[row['image_id']].objects.append(
+                Raw(
+                    where, str(categories[row['category_id']]['name']),
+                    partial(draw_coco, row.get('segmentation')), row.get('bbox'),
+                )
+            )
     return part
 
 # %% ../nbs/23d_own_data.ipynb #94a2e3dd
@@ -232,7 +305,10 @@ def coco_parts(
     folder, # COCO folder
 ): # dict 'train', 'valid' or 'all' -> list of Part
     "The jsons of a COCO folder, by their names"
-    jsons = sorted((p for p in json_files(folder) if json_kind(p) == 'coco'), key=lambda p: ('instances' not in p.stem, len(p.stem), p.stem))
+    jsons = sorted(
+        (p for p in json_files(folder) if json_kind(p) == 'coco'),
+        key=lambda p: ('instances' not in p.stem, len(p.stem), p.stem),
+    )
     # a json that cannot be read belongs to its neighbours
     jsons += [p for p in json_files(folder) if json_kind(p) == 'damaged']
     pick = lambda word: [p for p in jsons if word in p.stem.lower()][:1]
@@ -241,16 +317,21 @@ def coco_parts(
     parts = {split: [coco_part(p) for p in paths] for split, paths in use.items()}
     used = [p for paths in use.values() for p in paths]
     for p in jsons:
-        if p not in used: next(iter(parts.values()))[0].say(p, 'a json beside those that are used', 'not used')
+        if p not in used:
+            next(iter(parts.values()))[0].say(p, 'a json beside those that are used', 'not used')
     return parts
 
 # %% ../nbs/23d_own_data.ipynb #5c179eb4
 def via_class(
     attributes, # region_attributes
 ): # str or None
-    "The class of a region: its attribute class, label, name or type, else its first; a ticked box names itself"
+    """The class of a region: its attribute class, label, name or type, else its first; a ticked box
+    names itself"""
     attributes = attributes if isinstance(attributes, dict) else {}
-    value = next((attributes[k] for k in ('class', 'label', 'name', 'type') if k in attributes), next(iter(attributes.values()), None))
+    value = next(
+        (attributes[k] for k in ('class', 'label', 'name', 'type') if k in attributes),
+        next(iter(attributes.values()), None),
+    )
     if isinstance(value, dict): value = next((k for k, ticked in value.items() if ticked), None)
     return str(value).strip() or None if value is not None else None
 
@@ -265,16 +346,28 @@ def via_part(
             part.say(path, f'image {name} appears twice', 'leave one of them', True)
             continue
         taken.add(name)
-        image = next((p for f in ('', 'images') if (p := path.parent/f/name).is_file()), path.parent/name)
+        image = next(
+            (p for f in ('', 'images') if (p := path.parent / f / name).is_file()),
+            path.parent / name,
+        )
         regions = list(regions.values()) if isinstance(regions, dict) else regions
-        raws = [Raw(f'region {n}', via_class(r.get('region_attributes')), partial(draw_via, r.get('shape_attributes') or {})) for n, r in enumerate(regions) if isinstance(r, dict)]
-        if len(raws) < len(regions): part.say(image, f'{len(regions) - len(raws)} regions that are none', 'left out')
+        raws = [
+            Raw(
+                f'region {n}', via_class(r.get('region_attributes')),
+                partial(draw_via, r.get('shape_attributes') or {}),
+            )
+            for n, r in enumerate(regions)
+            if isinstance(r, dict)
+        ]
+        if len(raws) < len(regions):
+            part.say(image, f'{len(regions) - len(raws)} regions that are none', 'left out')
         part.entries.append(Entry(str(Path(name).with_suffix('')), image, raws))
     part.kinds = sorted({r.kind for e in part.entries for r in e.objects if r.kind}) or ['object']
     for e in part.entries:
         for r in e.objects:
             if r.kind is None and part.kinds == ['object']: r.kind = 'object'
-            elif r.kind is None: part.say(e.path, f'{r.where} has no class', f'give it one of {part.kinds}', True)
+            elif r.kind is None:
+                part.say(e.path, f'{r.where} has no class', f'give it one of {part.kinds}', True)
         e.objects = [r for r in e.objects if r.kind]
     return part
 
@@ -287,29 +380,43 @@ def image_files(
 ): # list of path
     "The pictures in a folder"
     found = Path(folder).rglob('*') if deep else Path(folder).glob('*')
-    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and '__MACOSX' not in p.parts)
+    return sorted(
+        p
+        for p in found
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and '__MACOSX' not in p.parts
+    )
 
 def inner(
     folder, # path
 ): # list of path
     "The folders in a folder"
-    return sorted(p for p in Path(folder).glob('*') if p.is_dir() and not p.name.startswith(('.', '__MACOSX')))
+    return sorted(
+        p for p in Path(folder).glob('*') if p.is_dir() and not p.name.startswith(('.', '__MACOSX'))
+    )
 
 def mask_pairs(
     folder, # path
     part, # Part, gets the findings
 ): # list of (path of the image, folder of its masks)
-    "Images and where their masks are: images/NAME.png with masks/NAME/, or NAME/images/ with NAME/masks/"
+    """Images and where their masks are: images/NAME.png with masks/NAME/, or NAME/images/ with
+    NAME/masks/"""
     if image_files(folder/'images'):
         images = image_files(folder/'images')
         for d in inner(folder/'masks'):
-            if d.name not in {p.stem for p in images}: part.say(d, 'masks of no image', 'add the image or remove the masks', True)
+            if d.name not in {p.stem for p in images}:
+                part.say(d, 'masks of no image', 'add the image or remove the masks', True)
         return [(p, folder/'masks'/p.stem) for p in images]
     out = []
-    for d in sorted(p.parent for p in folder.rglob('images') if p.is_dir() and '__MACOSX' not in p.parts):
+    for d in sorted(
+        p.parent for p in folder.rglob('images') if p.is_dir() and '__MACOSX' not in p.parts
+    ):
         images = image_files(d/'images')
-        if len(images) > 1: part.say(d/'images', f'{len(images)} images with the same masks', 'leave one of them', True)
-        elif not images: part.say(d/'images', 'the image is missing', 'add the file or remove its masks', True)
+        if len(images) > 1:
+            part.say(
+                d / 'images', f'{len(images)} images with the same masks', 'leave one of them', True
+            )
+        elif not images:
+            part.say(d/'images', 'the image is missing', 'add the file or remove its masks', True)
         else: out.append((images[0], d/'masks'))
     return out
 
@@ -331,11 +438,29 @@ def masks_part(
     for image, masks in mask_pairs(folder, part):
         files = image_files(masks, deep=True)
         if not masks.is_dir(): part.say(image, 'no mask files', 'taken as an image without objects')
-        name = masks.parent.name if image.parent.parent == masks.parent and masks.name == 'masks' else image.stem
-        part.entries.append(Entry(name, image, [Raw(f'mask {p.relative_to(masks)}', mask_class(p, masks), partial(draw_file, p)) for p in files]))
+        name = (
+            masks.parent.name
+            if image.parent.parent == masks.parent and masks.name == 'masks'
+            else image.stem
+        )
+        part.entries.append(
+            Entry(
+                name,
+                image,
+                [
+                    Raw(f'mask {p.relative_to(masks)}', mask_class(p, masks), partial(draw_file, p))
+                    for p in files
+                ],
+            )
+        )
     raws = [r for e in part.entries for r in e.objects]
     nameless = [r for r in raws if not r.kind]
-    if nameless and len(nameless) < len(raws): part.say(folder, f'{len(nameless)} of {len(raws)} masks have no class, such as {nameless[0].where}', 'all taken as one class')
+    if nameless and len(nameless) < len(raws):
+        part.say(
+            folder,
+            f'{len(nameless)} of {len(raws)} masks have no class, such as {nameless[0].where}',
+            'all taken as one class',
+        )
     if nameless:
         for r in raws: r.kind = 'object'
     part.kinds = sorted({r.kind for r in raws}) or ['object']
@@ -352,16 +477,21 @@ def labels_part(
     folder, # path
 ): # Part
     "Every image of a folder with label maps; all objects are of one class"
-    part, images, maps = Part(kinds=['object']), image_files(folder/'images'), {p.stem: p for p in image_files(labels_folder(folder))}
+    part, images, maps = (
+        Part(kinds=['object']), image_files(folder / 'images'),
+        {p.stem: p for p in image_files(labels_folder(folder))},
+    )
     part.entries = [Entry(p.stem, p, label_map=maps[p.stem]) for p in images if p.stem in maps]
-    for stem in sorted(maps.keys() - {p.stem for p in images}): part.say(maps[stem], 'label map of no image', 'add the image or remove the map', True)
+    for stem in sorted(maps.keys() - {p.stem for p in images}):
+        part.say(maps[stem], 'label map of no image', 'add the image or remove the map', True)
     return part
 
 # %% ../nbs/23d_own_data.ipynb #8a81acf6
 LAYOUTS = {
     'coco': 'annotations.json or annotations/*.json with images, annotations and categories (COCO)',
     'via': 'a json of the VGG Image Annotator beside the images',
-    'mask folders': 'images/NAME.png with masks/NAME/*.png, or NAME/images/*.png with NAME/masks/*.png',
+    'mask folders': ('images/NAME.png with masks/NAME/*.png, '
+                     'or NAME/images/*.png with NAME/masks/*.png'),
     'label maps': 'images/NAME.png with labels/NAME.png'}
 
 def layout_of(
@@ -371,8 +501,17 @@ def layout_of(
     kinds = [json_kind(p) for p in json_files(folder)]
     for kind in ('coco', 'via'):
         if kind in kinds: return kind
-    if image_files(folder/'images'): return 'mask folders' if inner(folder/'masks') else 'label maps' if image_files(labels_folder(folder)) else None
-    return 'mask folders' if any((p.parent/'masks').is_dir() for p in folder.rglob('images') if p.is_dir()) else None
+    if image_files(folder/'images'):
+        return (
+            'mask folders'
+            if inner(folder / 'masks')
+            else 'label maps' if image_files(labels_folder(folder)) else None
+        )
+    return (
+        'mask folders'
+        if any((p.parent / 'masks').is_dir() for p in folder.rglob('images') if p.is_dir())
+        else None
+    )
 
 # %% ../nbs/23d_own_data.ipynb #18112c4f
 SPLITS = dict(train='train', training='train', val='valid', valid='valid', validation='valid')
@@ -383,7 +522,11 @@ def find(
     "The layout of a folder or zip, and its halves if it has them"
     folder = open_data(path)
     while True:
-        halves = {SPLITS[d.name.lower()]: d for d in inner(folder) if d.name.lower() in SPLITS and layout_of(d)}
+        halves = {
+            SPLITS[d.name.lower()]: d
+            for d in inner(folder)
+            if d.name.lower() in SPLITS and layout_of(d)
+        }
         if 'train' in halves: return layout_of(halves['train']), dict(sorted(halves.items()))
         if layout := layout_of(folder): return layout, dict(all=folder)
         if len(inner(folder)) != 1 or image_files(folder): break
@@ -391,7 +534,10 @@ def find(
     damaged = next((p for p in json_files(folder) if json_kind(p) == 'damaged'), None)
     if damaged: raise DataError(f'{damaged}: this is not a readable json; export it again')
     there = sorted(p.name for p in folder.glob('*'))[:5]
-    raise DataError(f"{path}: no layout that is known here. Looked for {'; '.join(LAYOUTS.values())}. Found {', '.join(there) or 'an empty folder'}")
+    raise DataError(
+        f"{path}: no layout that is known here. Looked for {'; '.join(LAYOUTS.values())}. Found "
+        f"{', '.join(there) or 'an empty folder'}"
+    )
 
 def recognise(
     path, # folder or zip
@@ -406,11 +552,25 @@ def notes(
     "What is unusual about an image file, and harmless"
     with open(path, 'rb') as f, Image.open(f) as im:
         alpha = im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info
-        turned = im.format != 'PNG' and im.getexif().get(274, 1) > 1   # of a PNG it would be read from behind all pixels
+        # of a PNG it would be read from behind all pixels
+        turned = im.format != 'PNG' and im.getexif().get(274, 1) > 1
         f.seek(24)   # where a PNG says how many bits it has
         deep = im.mode[0] in 'IF' or im.format == 'PNG' and f.read(1) == b'\x10'
-    return [n for n, there in ((('more than 8 bits a channel', 'brightness scaled to 8 bits'), deep), (('an alpha channel', 'transparency ignored'), alpha),
-                               (('turned by a note in its head (EXIF)', 'read as it is stored: see whether its objects fit'), turned)) if there]
+    return [
+        n
+        for n, there in (
+            (('more than 8 bits a channel', 'brightness scaled to 8 bits'), deep),
+            (('an alpha channel', 'transparency ignored'), alpha),
+            (
+                (
+                    'turned by a note in its head (EXIF)',
+                    'read as it is stored: see whether its objects fit',
+                ),
+                turned,
+            ),
+        )
+        if there
+    ]
 
 def sound_box(
     bbox, # xywh as written, or None
@@ -421,7 +581,8 @@ def sound_box(
     if four_numbers(bbox):
         x, y, w, h = bbox
         if w <= 0 or h <= 0: return None, 'box without area', 'object dropped'
-        if x >= size[1] or y >= size[0] or x + w <= 0 or y + h <= 0: return None, 'box outside the image', 'object dropped'
+        if x >= size[1] or y >= size[0] or x + w <= 0 or y + h <= 0:
+            return None, 'box outside the image', 'object dropped'
     return fit_box(bbox, extent, size)
 
 def cut(
@@ -436,7 +597,8 @@ def cut(
     h, w = crop.shape
     box, fault, action = sound_box(raw.bbox, np.array([x, y, x + w, y + h], float), size)
     found = [(fault, action)] if fault else []
-    if box is not None and (min(h, w) == 1 or max(h, w) >= 20 * min(h, w)): found.append((f'very thin, {h}x{w} pixels', 'kept'))
+    if box is not None and (min(h, w) == 1 or max(h, w) >= 20 * min(h, w)):
+        found.append((f'very thin, {h}x{w} pixels', 'kept'))
     return crop, y, x, box, found
 
 # %% ../nbs/23d_own_data.ipynb #a57e3a5d
@@ -446,10 +608,26 @@ def from_labels(
 ): # list of Raw, list of (fault, action)
     "The objects of a label map"
     path, x = entry.label_map, read_labels(entry.label_map)
-    if x.shape != tuple(size): raise DataError(f"{path}: the label map is {x.shape[0]}x{x.shape[1]} but the image is {size[0]}x{size[1]}; export it in the image's size")
+    if x.shape != tuple(size):
+        raise DataError(
+            f"{path}: the label map is {x.shape[0]}x{x.shape[1]} but the image is "
+            f"{size[0]}x{size[1]}; export it in the image's size"
+        )
     objects, ids, pieces = Instances.from_label_map(x), number(x)[0], components(x > 0)[1]
-    alike = [(f'one number in {pieces} pieces', 'read as one object; if these are several, number them')] if len(objects) == 1 and pieces > 1 else []
-    return [Raw(f'object {i}', 'object', lambda size, i=i: x == i, pixels=(c, *o)) for i, c, o in zip(ids[ids > 0], objects.crops, objects.origins.tolist())], alike
+    alike = (
+        [
+            (
+                f'one number in {pieces} pieces',
+                'read as one object; if these are several, number them',
+            )
+        ]
+        if len(objects) == 1 and pieces > 1
+        else []
+    )
+    return [
+        Raw(f'object {i}', 'object', lambda size, i=i: x == i, pixels=(c, *o))
+        for i, c, o in zip(ids[ids > 0], objects.crops, objects.origins.tolist())
+    ], alike
 
 def twice(
     instances, # Instances
@@ -457,7 +635,9 @@ def twice(
 ): # list of (kept, again)
     "Objects that are there twice"
     rles = instances.rles()
-    same = np.triu(coco_mask.iou(rles, rles, [0] * len(rles)) > iou, 1) if rles else np.zeros((0, 0))
+    same = (
+        np.triu(coco_mask.iou(rles, rles, [0] * len(rles)) > iou, 1) if rles else np.zeros((0, 0))
+    )
     return [(int(same[:, j].argmax()), j) for j in np.flatnonzero(same.any(0))]
 
 # %% ../nbs/23d_own_data.ipynb #cf2a43a5
@@ -465,27 +645,43 @@ def look(
     entry, # Entry
     classes, # names, 'background' first
 ): # Sample or None, list of Finding
-    "Read one image with its objects and name everything that is wrong; None if the image cannot be used"
+    """Read one image with its objects and name everything that is wrong; None if the image cannot
+    be used"""
     part, kept = Part(), []
     try:
         image = read_image(entry.path)
         size = image.shape[:2]
         if entry.size not in (None, size):
-            raise DataError(f'{entry.path}: the image is {size[0]}x{size[1]} pixels (height x width) but the json says {entry.size[0]}x{entry.size[1]}; correct one of them')
+            raise DataError(
+                f'{entry.path}: the image is {size[0]}x{size[1]} pixels (height x width) but the '
+                f'json says {entry.size[0]}x{entry.size[1]}; correct one of them'
+            )
         raws, found = from_labels(entry, size) if entry.label_map else (entry.objects, [])
     except DataError as e: return None, [from_error(str(e).partition(': ')[0], e)]
     for fault, action in notes(entry.path) + found: part.say(entry.path, fault, action)
     for raw in raws:
         try: crop, y, x, box, found = cut(raw, size)
-        except DataError as e: part.say(entry.path, f'{raw.where}: {from_error("", e).fault.split(": ")[-1]}', from_error('', e).action, True)
-        except (ValueError, TypeError, AttributeError) as e: part.say(entry.path, f'{raw.where}: {e}', 'object dropped')
+        except DataError as e:
+            part.say(
+                entry.path, f'{raw.where}: {from_error("", e).fault.split(": ")[-1]}',
+                from_error('', e).action, True,
+            )
+        except (ValueError, TypeError, AttributeError) as e:
+            part.say(entry.path, f'{raw.where}: {e}', 'object dropped')
         else:
             for fault, action in found: part.say(entry.path, f'{raw.where}: {fault}', action)
             if box is not None: kept.append((raw, crop, (y, x), box))
     origins = np.array([o for _, _, o, _ in kept], np.int64).reshape(-1, 2)
-    objects = Instances(size, np.array([b for *_, b in kept], np.float32).reshape(-1, 4), np.array([classes.index(r.kind) for r, *_ in kept], np.int64), [c for _, c, _, _ in kept], origins)
+    objects = Instances(
+        size, np.array([b for *_, b in kept], np.float32).reshape(-1, 4),
+        np.array([classes.index(r.kind) for r, *_ in kept], np.int64), [c for _, c, _, _ in kept],
+        origins,
+    )
     again = twice(objects)
-    for i, j in again: part.say(entry.path, f'{kept[j][0].where} is {kept[i][0].where} again', 'the second dropped')
+    for i, j in again:
+        part.say(
+            entry.path, f'{kept[j][0].where} is {kept[i][0].where} again', 'the second dropped'
+        )
     objects = objects[np.setdiff1d(np.arange(len(objects)), [j for _, j in again])]
     return Sample(image, objects, entry.name), part.findings
 
@@ -502,8 +698,14 @@ class Source:
     samples: dict = field(default_factory=dict) # Entry -> Sample, once it was looked at
     twins: dict = field(default_factory=dict) # Entry -> the first with the same picture
 
-READERS = {'coco': coco_parts, 'via': lambda folder: dict(all=[via_part(p) for p in json_files(folder) if json_kind(p) == 'via']),
-    'mask folders': lambda folder: dict(all=[masks_part(folder)]), 'label maps': lambda folder: dict(all=[labels_part(folder)])}
+READERS = {
+    'coco': coco_parts,
+    'via': lambda folder: dict(
+        all=[via_part(p) for p in json_files(folder) if json_kind(p) == 'via']
+    ),
+    'mask folders': lambda folder: dict(all=[masks_part(folder)]),
+    'label maps': lambda folder: dict(all=[labels_part(folder)]),
+}
 
 def scan(
     path, # folder or zip
@@ -512,13 +714,23 @@ def scan(
     layout, folders = find(path)
     parts = {}
     for split, folder in folders.items():
-        for name, found in READERS[layout_of(folder)](folder).items(): parts.setdefault(split if len(folders) > 1 else name, []).extend(found)
+        for name, found in READERS[layout_of(folder)](folder).items():
+            parts.setdefault(split if len(folders) > 1 else name, []).extend(found)
     everything = [p for found in parts.values() for p in found]
     classes = list(dict.fromkeys(['background', *(k for p in everything for k in p.kinds)]))
-    entries = {split: [e for p in found for e in p.entries] for split, found in sorted(parts.items())}
-    source = Source(Path(path), open_data(path), layout, entries, classes, [f for p in everything for f in p.findings])
+    entries = {
+        split: [e for p in found for e in p.entries] for split, found in sorted(parts.items())
+    }
+    source = Source(
+        Path(path), open_data(path), layout, entries, classes,
+        [f for p in everything for f in p.findings],
+    )
     beside = inner(folders['train'].parent) if 'train' in folders else []
-    source.findings += [Finding(str(d), 'a part that is neither train nor valid', 'not used') for d in beside if d not in folders.values() and layout_of(d)]
+    source.findings += [
+        Finding(str(d), 'a part that is neither train nor valid', 'not used')
+        for d in beside
+        if d not in folders.values() and layout_of(d)
+    ]
     source.findings += unknown_files(source) + same_names(source)
     return source
 
@@ -528,7 +740,9 @@ def unknown_files(
     "Pictures beside the others that nothing speaks of"
     known = {e.path for entries in source.parts.values() for e in entries}
     beside = {p for folder in {p.parent for p in known} for p in image_files(folder)}
-    return [Finding(str(p), 'an image without an entry', 'not used') for p in sorted(beside - known)]
+    return [
+        Finding(str(p), 'an image without an entry', 'not used') for p in sorted(beside - known)
+    ]
 
 def same_names(
     source, # Source
@@ -537,7 +751,13 @@ def same_names(
     out, first = [], {}
     for e in (e for entries in source.parts.values() for e in entries):
         other = first.setdefault(str(e.path.with_suffix('')).lower(), e.path)
-        if other != e.path: out.append(Finding(str(e.path), f'its name is that of {other.name}, but for case or ending', 'both kept; rename one before other systems mix them up'))
+        if other != e.path:
+            out.append(
+                Finding(
+                    str(e.path), f'its name is that of {other.name}, but for case or ending',
+                    'both kept; rename one before other systems mix them up',
+                )
+            )
     return out
 
 # %% ../nbs/23d_own_data.ipynb #7dfcc65a
@@ -552,8 +772,19 @@ def inspect(
             sample, findings = look(e, source.classes)
             found += findings
             if sample is None: continue
-            at, other = first.setdefault(hashlib.sha1(sample.image.tobytes() + str(sample.image.shape).encode()).digest(), (split, e))
-            if other is not e: found.append(Finding(str(e.path), f'the same picture as {shown(other.path, source.root)}' + ('' if at == split else f' in {at}'), f'left out of {split}' if at != split else 'both kept, in the same half'))
+            at, other = first.setdefault(
+                hashlib.sha1(sample.image.tobytes() + str(sample.image.shape).encode()).digest(),
+                (split, e),
+            )
+            if other is not e:
+                found.append(
+                    Finding(
+                        str(e.path),
+                        f'the same picture as {shown(other.path, source.root)}'
+                        + ('' if at == split else f' in {at}'),
+                        f'left out of {split}' if at != split else 'both kept, in the same half',
+                    )
+                )
             if at != split: continue
             source.samples[e], source.twins[e] = keep(sample), other
     return list(dict.fromkeys(replace(f, file=shown(f.file, source.root)) for f in found))
@@ -579,9 +810,14 @@ def fold(
 ): # list of Finding
     "The first three of a kind and the number of the others, where many are alike"
     groups, out = {}, []
-    for f in findings: groups.setdefault((f.fault.rpartition(': ')[2], f.action, f.stops), []).append(f)
+    for f in findings:
+        groups.setdefault((f.fault.rpartition(': ')[2], f.action, f.stops), []).append(f)
     for (fault, action, stops), alike in groups.items():
-        out += alike if len(alike) <= most else [*alike[:3], Finding(f'… and {len(alike) - 3} more', fault, action, stops)]
+        out += (
+            alike
+            if len(alike) <= most
+            else [*alike[:3], Finding(f'… and {len(alike) - 3} more', fault, action, stops)]
+        )
     return out
 
 def fault_table(
@@ -589,11 +825,25 @@ def fault_table(
 ): # str
     "Findings as a table, those that stop the training first and marked"
     rows = [('', 'file', 'fault', 'what to do, what was done')]
-    rows += [('stops' if f.stops else '', f.file, f.fault, f.action) for f in fold(sorted(findings, key=lambda f: not f.stops))]
+    rows += [
+        ('stops' if f.stops else '', f.file, f.fault, f.action)
+        for f in fold(sorted(findings, key=lambda f: not f.stops))
+    ]
     wide = [max(len(r[i]) for r in rows) for i in range(3)]
     n, stops = len(findings), sum(f.stops for f in findings)
-    lines = ['  '.join(v.ljust(w) for v, w in zip(r, [*wide, 0])).rstrip() for r in rows] if n else []
-    return '\n'.join([*lines, f'{n} fault{"s" * (n != 1)}, {stops} of them stop{"s" * (stops == 1)} the training' if n else 'no faults'])
+    lines = (
+        ['  '.join(v.ljust(w) for v, w in zip(r, [*wide, 0])).rstrip() for r in rows] if n else []
+    )
+    return '\n'.join(
+        [
+            *lines,
+            (
+                f'{n} fault{"s" * (n != 1)}, {stops} of them stop{"s" * (stops == 1)} the training'
+                if n
+                else 'no faults'
+            ),
+        ]
+    )
 
 # %% ../nbs/23d_own_data.ipynb #09577c08
 def stop(
@@ -602,7 +852,11 @@ def stop(
 ):
     "An error in one sentence if training cannot go on"
     bad = [f for f in findings if f.stops]
-    more = f' ({len(bad) - 1} more stop the training: `maskrcnn-edu check {path}` names all)' if len(bad) > 1 else ''
+    more = (
+        f' ({len(bad) - 1} more stop the training: `maskrcnn-edu check {path}` names all)'
+        if len(bad) > 1
+        else ''
+    )
     if bad: raise DataError(f'{Path(path)/bad[0].file}: {bad[0].fault}; {bad[0].action}{more}')
 
 @dataclass
@@ -633,10 +887,15 @@ def draw_split(
     "A split at random in which the same picture is never on both sides"
     entries = list(source.samples)
     first = [e for e in entries if source.twins[e] is e]
-    if len(first) < 2: raise DataError(f'{source.path}: a split needs at least two images, found {len(first)}; add images')
+    if len(first) < 2:
+        raise DataError(
+            f'{source.path}: a split needs at least two images, found {len(first)}; add images'
+        )
     chosen = np.random.default_rng(seed).permutation(len(first))[:max(1, round(len(first) * valid))]
     held = {first[i] for i in chosen}
-    return [e for e in entries if source.twins[e] not in held], [e for e in entries if source.twins[e] in held]
+    return [e for e in entries if source.twins[e] not in held], [
+        e for e in entries if source.twins[e] in held
+    ]
 
 # %% ../nbs/23d_own_data.ipynb #1f9a0919
 def open_dataset(
@@ -648,9 +907,16 @@ def open_dataset(
     source = scan(path)
     findings = inspect(source)
     stop(path, findings)
-    halves = [[e for e in source.parts[s] if e in source.samples] for s in ('train', 'valid')] if 'valid' in source.parts else draw_split(source, seed, valid)
+    halves = (
+        [[e for e in source.parts[s] if e in source.samples] for s in ('train', 'valid')]
+        if 'valid' in source.parts
+        else draw_split(source, seed, valid)
+    )
     for half, name in zip(halves, ('train', 'valid')):
-        if not half: raise DataError(f'{path}: no image is left in {name}; `maskrcnn-edu check {path}` says why')
+        if not half:
+            raise DataError(
+                f'{path}: no image is left in {name}; `maskrcnn-edu check {path}` says why'
+            )
     return tuple(dataset(source, half, findings) for half in halves)
 
 def open_valid(
@@ -692,7 +958,10 @@ def repair(
     out, source = Path(out), scan(path)
     if out.exists(): raise DataError(f'{out}: is there already; choose a new folder')
     no_pixels = lambda s: replace(s, image=np.broadcast_to(np.uint8(0), s.image.shape))
-    findings = [replace(f, action=f'left out ({f.action})') if f.stops else f for f in inspect(source, no_pixels)]
+    findings = [
+        replace(f, action=f'left out ({f.action})') if f.stops else f
+        for f in inspect(source, no_pixels)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     build_folder(out, lambda folder: write_copy(source, findings, Path(folder)))
     return findings
@@ -704,16 +973,26 @@ def write_copy(
 ):
     "Images linked or copied, jsons, and the list of faults"
     (folder/'images').mkdir()
-    names = free_names([e.path.name if source.layout != 'mask folders' else e.name + e.path.suffix for e in source.samples])
+    names = free_names(
+        [
+            e.path.name if source.layout != 'mask folders' else e.name + e.path.suffix
+            for e in source.samples
+        ]
+    )
     file_of = dict(zip(source.samples, names))
     for e, name in file_of.items(): link_or_copy(e.path, folder/'images'/name)
     for split, entries in source.parts.items():
         entries = [e for e in entries if e in source.samples]
         found = coco_dict([source.samples[e] for e in entries], source.classes)
         for row, e in zip(found['images'], entries): row['file_name'] = file_of[e]
-        write_atomic(folder/('annotations.json' if split == 'all' else f'annotations/{split}.json'), json.dumps(found).encode())
+        write_atomic(
+            folder / ('annotations.json' if split == 'all' else f'annotations/{split}.json'),
+            json.dumps(found).encode(),
+        )
     table = io.StringIO()
-    csv.writer(table, lineterminator='\n').writerows([('file', 'fault', 'action'), *((f.file, f.fault, f.action) for f in findings)])
+    csv.writer(table, lineterminator='\n').writerows(
+        [('file', 'fault', 'action'), *((f.file, f.fault, f.action) for f in findings)]
+    )
     write_atomic(folder/'faults.csv', table.getvalue().encode())
 
 # %% ../nbs/23d_own_data.ipynb #6531d9a2
@@ -726,10 +1005,12 @@ def best_enlargement(
     most=128, # of the median, pixels
     small=16, # of the smallest tenth when pictures are reduced, pixels
 ): # one of STEPS
-    "The least enlargement that makes the median object large enough; less than 1 where objects are large"
+    """The least enlargement that makes the median object large enough; less than 1 where objects
+    are large"""
     if not len(sides): return 1.
     median, tenth = np.median(sides), np.quantile(sides, .1)
-    if median > most: return next(s for s in STEPS if s == 1 or median * s >= most / 2 and tenth * s >= small)
+    if median > most:
+        return next(s for s in STEPS if s == 1 or median * s >= most / 2 and tenth * s >= small)
     return next((s for s in STEPS if s >= 1 and median * s >= least), STEPS[-1])
 
 def most_in_a_window(
@@ -751,7 +1032,8 @@ def own_anchors(
     boxes, # (n,4) xyxy, pixels of the network's input
     odd=5., # longer than so many times its width is no guide for anchors
 ): # sizes, ratios
-    "Anchors for these boxes at all the scales of training; the paper's, at half the size, where there are none"
+    """Anchors for these boxes at all the scales of training; the paper's, at half the size, where
+    there are none"""
     long = (boxes[:, 3] - boxes[:, 1]) / (boxes[:, 2] - boxes[:, 0])
     usual = boxes[(long < odd) & (long > 1 / odd)]
     if not len(usual): return tuple((s / 2,) for s, in PAPER[0]), PAPER[1]
@@ -781,7 +1063,9 @@ class Proposal:
     n_detections: int # D
     bs: int # pieces a batch
     epochs: int
-    reach: dict # share of objects whose best anchor has an IoU of .5 and .7; under 'paper' the same of the paper's anchors
+    # share of objects whose best anchor has an IoU of .5 and .7; under 'paper' the same of
+    # the paper's anchors
+    reach: dict
     reasons: tuple # sentences
 
     @property
@@ -799,15 +1083,26 @@ def propose(
 ): # Proposal
     "Numbers for this data, from the sizes and counts of its objects"
     objects = [s.instances for s in train]
-    boxes, counts = torch.tensor(np.concatenate([o.boxes for o in objects])).reshape(-1, 4), [len(o) for o in objects]
+    boxes, counts = torch.tensor(np.concatenate([o.boxes for o in objects])).reshape(-1, 4), [
+        len(o) for o in objects
+    ]
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().numpy()
-    enlarge, median, side = best_enlargement(sides), np.median(sides) if len(sides) else 0, np.median([o.size for o in objects])
+    enlarge, median, side = (
+        best_enlargement(sides), np.median(sides) if len(sides) else 0,
+        np.median([o.size for o in objects]),
+    )
     crop = round_up(min(side * enlarge, 8 * median * enlarge or 512), 64, 128, 512)
     sizes, ratios = own_anchors(boxes * enlarge)
     fullest = [most_in_a_window(o, crop / (SCALES[0] * enlarge)) for o in objects]
     n_rois, bs = round_up(2 * np.median(fullest), 32, 32, 96), 8 if crop <= 128 else 4
-    numbers = dict(enlarge=enlarge, crop=crop, sizes=sizes, ratios=ratios, slots=round_up(max(fullest), 8, 8, 128), n_rois=n_rois, n_masks=round_up(np.median(fullest), 4, 4, n_rois // 2),
-        n_detections=round_up(1.25 * max(counts), 10, 20, 1000), bs=bs, epochs=round_up(1500 * bs / len(objects), 10, 20, 100), reach=reached(boxes * enlarge, sizes, ratios) | {'paper': reached(boxes, *PAPER)})
+    numbers = dict(
+        enlarge=enlarge, crop=crop, sizes=sizes, ratios=ratios,
+        slots=round_up(max(fullest), 8, 8, 128), n_rois=n_rois,
+        n_masks=round_up(np.median(fullest), 4, 4, n_rois // 2),
+        n_detections=round_up(1.25 * max(counts), 10, 20, 1000), bs=bs,
+        epochs=round_up(1500 * bs / len(objects), 10, 20, 100),
+        reach=reached(boxes * enlarge, sizes, ratios) | {'paper': reached(boxes, *PAPER)},
+    )
     return Proposal(**numbers, reasons=tuple(reasons(numbers, counts, fullest, median, side)))
 
 def reasons(
@@ -819,12 +1114,22 @@ def reasons(
 ): # list of str
     "A sentence for each number"
     reach, paper = n['reach'], n['reach']['paper']
-    return [f'{len(counts)} images with {sum(counts)} objects; {sum(c == 0 for c in counts)} of the images have none.',
-        f"enlarge {n['enlarge']:.3g}: the median object is {median:.0f} pixels across and comes in with {median * n['enlarge']:.0f}; a cell of P2 is 4.",
-        f"crop {n['crop']}: the median side of an image is {side * n['enlarge']:.0f} pixels of the input; eight median objects in a row are {8 * median * n['enlarge']:.0f}.",
-        f"sizes {', '.join(f'{s:g}' for s, in n['sizes'])} and ratios {', '.join(f'{r:g}' for r in n['ratios'])}: {reach[.5]:.0%} of the objects have an anchor of IoU 0.5 or more, "
-        f"{reach[.7]:.0%} of 0.7; with the anchors of the paper, nothing enlarged, {paper[.5]:.0%} and {paper[.7]:.0%}.",
-        f"slots {n['slots']}: the fullest piece holds {max(fullest)} objects." + (' The largest of them are used.' if max(fullest) > n['slots'] else ''),
+    return [
+        f'{len(counts)} images with {sum(counts)} objects; {sum(c == 0 for c in counts)} of the '
+        f'images have none.',
+        f"enlarge {n['enlarge']:.3g}: the median object is {median:.0f} pixels across and comes "
+        f"in with {median * n['enlarge']:.0f}; a cell of P2 is 4.",
+        f"crop {n['crop']}: the median side of an image is {side * n['enlarge']:.0f} pixels of "
+        f"the input; eight median objects in a row are {8 * median * n['enlarge']:.0f}.",
+        f"sizes {', '.join(f'{s:g}' for s, in n['sizes'])} and ratios "
+        f"{', '.join(f'{r:g}' for r in n['ratios'])}: {reach[.5]:.0%} of the objects have an "
+        f"anchor of IoU 0.5 or more, "
+        f"{reach[.7]:.0%} of 0.7; with the anchors of the paper, nothing enlarged, "
+        f"{paper[.5]:.0%} and {paper[.7]:.0%}.",
+        f"slots {n['slots']}: the fullest piece holds {max(fullest)} objects."
+        + (' The largest of them are used.' if max(fullest) > n['slots'] else ''),
         f"n_detections {n['n_detections']}: the fullest image has {max(counts)} objects.",
-        f"n_rois {n['n_rois']}, n_masks {n['n_masks']}: a full piece has {np.median(fullest):.0f} objects at the median.",
-        f"epochs {n['epochs']}: one is {-(-len(counts) // n['bs'])} steps of {n['bs']} pieces."]
+        f"n_rois {n['n_rois']}, n_masks {n['n_masks']}: a full piece has {np.median(fullest):.0f} "
+        f"objects at the median.",
+        f"epochs {n['epochs']}: one is {-(-len(counts) // n['bs'])} steps of {n['bs']} pieces.",
+    ]

@@ -30,7 +30,10 @@ from matplotlib.figure import Figure
 import maskrcnn_edu
 from .core import COLOURS, show_boxes, show_image
 from .data import DataError, InstanceDataset, Instances, write_atomic
-from .evaluate import ErrorSplit, InstanceInterpretation, compare, match, plot_confusion, plot_errors, precision_curve, show_differences, split_errors
+from maskrcnn_edu.evaluate import (
+    ErrorSplit, InstanceInterpretation, compare, match, plot_confusion, plot_errors,
+    precision_curve, show_differences, split_errors,
+)
 from .learner import SHORT, EpochSeed, predict_instances, stretch
 from .loss_doctor import expected_losses, read_curve
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig
@@ -64,7 +67,11 @@ def tag(
     **attrs,      # None is left out; `class_` is class, `aria_label` is aria-label
 ) -> Html:
     "An element of the page."
-    words = ''.join(f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attrs.items() if v is not None)
+    words = ''.join(
+        f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"'
+        for k, v in attrs.items()
+        if v is not None
+    )
     return Html(f'<{name}{words}>' + ('' if name in EMPTY_TAGS else f'{inside(children)}</{name}>'))
 
 # %% ../nbs/23e_report.ipynb #23e0000e
@@ -84,9 +91,18 @@ def table(
 ) -> Html:
     "A table, in a box that scrolls."
     top = tag('thead', tag('tr', [tag('th', c, scope='col') for c in head])) if head else None
-    body = tag('tbody', [tag('tr', tag('th', first, scope='row'), [tag('td', shown(c)) for c in rest]) for first, *rest in rows])
+    body = tag(
+        'tbody',
+        [
+            tag('tr', tag('th', first, scope='row'), [tag('td', shown(c)) for c in rest])
+            for first, *rest in rows
+        ],
+    )
     name = caption or 'table'
-    return tag('div', tag('table', tag('caption', caption) if caption else None, top, body, class_=class_), class_='wide', role='region', tabindex=0, aria_label=name)
+    return tag(
+        'div', tag('table', tag('caption', caption) if caption else None, top, body, class_=class_),
+        class_='wide', role='region', tabindex=0, aria_label=name,
+    )
 
 def bullets(
     items,         # texts
@@ -104,28 +120,43 @@ def picture(
 ) -> Html:
     "A figure as a part of the page."
     file = io.BytesIO()
-    if photo: fig.savefig(file, format='webp', dpi=90, facecolor='white', pil_kwargs=dict(quality=80))
+    if photo:
+        fig.savefig(file, format='webp', dpi=90, facecolor='white', pil_kwargs=dict(quality=80))
     else: fig.savefig(file, format='svg', facecolor='white', metadata=dict(Date=None))
-    uri = f"data:image/{'webp' if photo else 'svg+xml'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    kind, code = 'webp' if photo else 'svg+xml', base64.b64encode(file.getvalue()).decode()
+    uri = f'data:image/{kind};base64,{code}'
     return tag('figure', tag('img', src=uri, alt=alt), tag('figcaption', words) if words else None)
 
 def literal(
     x,        # a name
     most=24,  # letters
 ) -> str:
-    "The name as matplotlib writes it out, cut where it is long; between two dollars it would see mathematics."
+    """The name as matplotlib writes it out, cut where it is long; between two dollars it would see
+    mathematics."""
     x = CONTROL.sub('\ufffd', str(x))
     return (x if len(x) <= most else x[:most - 1] + '…').replace('$', r'\$')
 
 # %% ../nbs/23e_report.ipynb #23e00014
 REPORT_STYLE = STYLE + '''
-body {max-width: 1000px} h2 {font-size: 1.15rem; margin: 1.8rem 0 .5rem; padding-top: .4rem; border-top: 1px solid var(--line)}
-.summary {font-size: 1.08rem} .warnings {border: 1px solid var(--line); border-left: 5px solid #d97706; border-radius: 6px; padding: .5rem .5rem .5rem 1.6rem}
-.contents {flex-wrap: wrap; gap: 4px 14px} .wide {margin: .7rem 0} caption {text-align: left; font-weight: 600; padding: 4px 0}
-.facts th, .facts td {text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top} .facts tbody th {min-width: 8rem; font-weight: 400}
-th {font-weight: 600} h3 {font-size: 1.02rem; margin: 1.2rem 0 .4rem} figure {margin: .6rem 0} figcaption {font-size: .88rem; overflow-wrap: anywhere} li, p, h1 {overflow-wrap: anywhere}
-.pictures {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 10px} .pairs {grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr))} .wide:focus-visible {outline: 3px solid #dc2626}
-@media print {:root {--ground: #fff; --text: #000; --line: #999; --link: #000} body {max-width: none} nav {display: none} .wide {overflow: visible}
+body {max-width: 1000px}
+h2 {font-size: 1.15rem; margin: 1.8rem 0 .5rem; padding-top: .4rem;
+  border-top: 1px solid var(--line)}
+.summary {font-size: 1.08rem}
+.warnings {border: 1px solid var(--line); border-left: 5px solid #d97706; border-radius: 6px;
+  padding: .5rem .5rem .5rem 1.6rem}
+.contents {flex-wrap: wrap; gap: 4px 14px} .wide {margin: .7rem 0}
+caption {text-align: left; font-weight: 600; padding: 4px 0}
+.facts th, .facts td {text-align: left; white-space: normal; overflow-wrap: anywhere;
+  vertical-align: top}
+.facts tbody th {min-width: 8rem; font-weight: 400}
+th {font-weight: 600} h3 {font-size: 1.02rem; margin: 1.2rem 0 .4rem} figure {margin: .6rem 0}
+figcaption {font-size: .88rem; overflow-wrap: anywhere} li, p, h1 {overflow-wrap: anywhere}
+.pictures {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr));
+  gap: 10px}
+.pairs {grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr))}
+.wide:focus-visible {outline: 3px solid #dc2626}
+@media print {:root {--ground: #fff; --text: #000; --line: #999; --link: #000}
+body {max-width: none} nav {display: none} .wide {overflow: visible}
 h2, caption {break-after: avoid} figure, tr, li {break-inside: avoid}}
 '''
 
@@ -135,21 +166,34 @@ def section(
     *children,
 ) -> Html:
     "A part of the page that can be linked to."
-    return tag('section', tag('h2', title, id=f'{name}-title'), children, id=name, aria_labelledby=f'{name}-title')
+    return tag(
+        'section', tag('h2', title, id=f'{name}-title'), children, id=name,
+        aria_labelledby=f'{name}-title',
+    )
 
 def page(
     title: str,
     *body,           # Html
 ) -> bytes:
     "The file."
-    head = tag('head', tag('meta', charset='utf-8'), tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
-               tag('link', rel='icon', href='data:,'), tag('title', title), tag('style', Html(REPORT_STYLE)))
-    return ('<!DOCTYPE html>\n' + tag('html', head, tag('body', tag('main', body)), lang='en') + '\n').encode()
+    head = tag(
+        'head', tag('meta', charset='utf-8'),
+        tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
+        tag('link', rel='icon', href='data:,'), tag('title', title),
+        tag('style', Html(REPORT_STYLE)),
+    )
+    return (
+        '<!DOCTYPE html>\n' + tag('html', head, tag('body', tag('main', body)), lang='en') + '\n'
+    ).encode()
 
 # %% ../nbs/23e_report.ipynb #23e00017
 def command_line() -> str | None:
     "The command as it was typed; None where Python was not started by `maskrcnn-edu`."
-    return shlex.join(['maskrcnn-edu', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'maskrcnn-edu' else None
+    return (
+        shlex.join(['maskrcnn-edu', *sys.argv[1:]])
+        if Path(sys.argv[0]).stem == 'maskrcnn-edu'
+        else None
+    )
 
 def machine(
     device,       # torch.device
@@ -158,16 +202,26 @@ def machine(
     info = Path('/proc/cpuinfo')
     names = re.findall(r'^model name\s*: (.*)$', info.read_text(), re.M) if info.is_file() else []
     gpu = [torch.cuda.get_device_name(device)] if torch.device(device).type == 'cuda' else []
-    return ', '.join([*gpu, *(names[:1] or [platform.processor() or platform.machine()]), f'{os.cpu_count()} cores, {torch.get_num_threads()} threads', platform.platform()])
+    return ', '.join(
+        [
+            *gpu, *(names[:1] or [platform.processor() or platform.machine()]),
+            f'{os.cpu_count()} cores, {torch.get_num_threads()} threads', platform.platform(),
+        ]
+    )
 
 def git_commit(
     folder=None,  # of the clone; where the package lies, if not told
 ) -> str | None:
     "The commit of the code, and whether files have changed since; None outside a clone."
     folder = Path(folder or Path(maskrcnn_edu.__file__).parent.parent)
-    git = lambda *words: subprocess.run(['git', '-C', folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *words: subprocess.run(
+        ['git', '-C', folder, *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if not (folder / '.git').exists(): return None
-    try: return git('rev-parse', '--short=12', 'HEAD') + (', with changes' if git('status', '--porcelain', '--untracked-files=no') else '')
+    try:
+        return git('rev-parse', '--short=12', 'HEAD') + (
+            ', with changes' if git('status', '--porcelain', '--untracked-files=no') else ''
+        )
     except (OSError, subprocess.CalledProcessError): return None
 
 def made_with(
@@ -175,17 +229,28 @@ def made_with(
     command=None,
 ) -> dict:
     "What decides a result beside data and recipe, in plain values."
-    versions = dict(maskrcnn_edu=maskrcnn_edu.__version__, Python=platform.python_version()) | {p: version(p) for p in ('torch', 'torchvision', 'fastai', 'numpy')}
-    return dict(date=datetime.now().astimezone().isoformat(' ', 'seconds'), command=command, machine=machine(device), device=str(device), commit=git_commit(), versions=versions)
+    versions = dict(maskrcnn_edu=maskrcnn_edu.__version__, Python=platform.python_version()) | {
+        p: version(p) for p in ('torch', 'torchvision', 'fastai', 'numpy')
+    }
+    return dict(
+        date=datetime.now().astimezone().isoformat(' ', 'seconds'), command=command,
+        machine=machine(device), device=str(device), commit=git_commit(), versions=versions,
+    )
 
 # %% ../nbs/23e_report.ipynb #23e0001a
 class RunLog(Callback):
-    "After each epoch, what the session was made with and how long it took, in `run.json`; a run that is resumed adds an entry."
+    """After each epoch, what the session was made with and how long it took, in `run.json`; a run
+    that is resumed adds an entry."""
     order = 68   # before the state is saved
-    def __init__(self, path, command=None): self.folder, self.command = Path(path), command or command_line()
+    def __init__(self, path, command=None):
+        self.folder, self.command = Path(path), command or command_line()
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
+        self.run = (
+            not hasattr(self.learn, 'lr_finder')
+            and not hasattr(self.learn, 'gather_preds')
+            and rank_distrib() == 0
+        )
         self.entry, self.start = made_with(self.dls.device, self.command), time.perf_counter()
 
     def before_epoch(self): self.trained = False
@@ -193,10 +258,13 @@ class RunLog(Callback):
     def after_epoch(self):
         if not self.trained: return   # skipped, because it was done before the run was resumed
         if 'first' not in self.entry:
-            self.earlier = [e for e in read_log(self.folder) if e['last'] <= self.epoch]   # none, if this run starts anew
+            # none, if this run starts anew
+            self.earlier = [e for e in read_log(self.folder) if e['last'] <= self.epoch]
             self.entry['first'] = self.epoch + 1
         self.entry |= dict(last=self.epoch + 1, seconds=round(time.perf_counter() - self.start, 1))
-        write_atomic(self.folder / 'run.json', json.dumps([*self.earlier, self.entry], indent=1).encode())
+        write_atomic(
+            self.folder / 'run.json', json.dumps([*self.earlier, self.entry], indent=1).encode()
+        )
 
 def read_log(
     out,          # folder of a run
@@ -210,7 +278,9 @@ def once(
     dataset: InstanceDataset,
 ) -> InstanceDataset:
     "Each image once, in a data set that repeats some."
-    return dataset.subset(sorted({r: i for i, r in reversed(list(enumerate(dataset.records)))}.values()))
+    return dataset.subset(
+        sorted({r: i for i, r in reversed(list(enumerate(dataset.records)))}.values())
+    )
 
 def place_of(
     dataset: InstanceDataset,
@@ -234,26 +304,52 @@ def facts(
     sizes = sorted({s.image.shape[:2] for s in dataset})
     sides = [math.sqrt(c.sum()) for s in dataset for c in s.instances.crops]
     size = ' to '.join(dict.fromkeys(f'{h} × {w}' for h, w in sizes[:1] + sizes[-1:]))
-    return {'images': len(dataset), 'of them without an object': sum(len(s.instances) == 0 for s in dataset), 'objects': sum(n), 'most objects in an image': max(n),
-            'height × width of the images, pixels': size or None, 'square root of the area of an object, median, pixels': f'{np.median(sides):.1f}' if sides else None}
+    return {
+        'images': len(dataset),
+        'of them without an object': sum(len(s.instances) == 0 for s in dataset),
+        'objects': sum(n),
+        'most objects in an image': max(n),
+        'height × width of the images, pixels': size or None,
+        'square root of the area of an object, median, pixels': (
+            f'{np.median(sides):.1f}' if sides else None
+        ),
+    }
 
 # %% ../nbs/23e_report.ipynb #23e00020
 def with_arguments(
     t,            # a transform, callback or the like
 ) -> str:
     "Its name with its plain arguments."
-    names = [n for n in inspect.signature(type(t).__init__).parameters if isinstance(getattr(t, n, None), (bool, int, float, str, tuple))]
+    names = [
+        n
+        for n in inspect.signature(type(t).__init__).parameters
+        if isinstance(getattr(t, n, None), (bool, int, float, str, tuple))
+    ]
     return f"{type(t).__name__}({', '.join(f'{n}={getattr(t, n)}' for n in names)})"
 
 def recipe_rows(
     learn: Learner,
 ) -> list[tuple]:
     "How it was trained, read off the Learner."
-    dl, opt, lrs = learn.dls.train, getattr(learn, 'opt', None), learn.recorder.lrs if hasattr(learn.recorder, 'lrs') else []
-    rows = [('epochs', getattr(learn, 'n_epoch', None)), ('pictures an epoch', len(dl.items)), ('pictures a batch', dl.bs), ('steps an epoch', len(dl))]
-    if opt: rows += [('optimizer', type(getattr(opt, 'opt', opt)).__name__), ('weight decay', opt.hypers[-1].get('wd'))]
+    dl, opt, lrs = (
+        learn.dls.train, getattr(learn, 'opt', None),
+        learn.recorder.lrs if hasattr(learn.recorder, 'lrs') else [],
+    )
+    rows = [
+        ('epochs', getattr(learn, 'n_epoch', None)), ('pictures an epoch', len(dl.items)),
+        ('pictures a batch', dl.bs), ('steps an epoch', len(dl)),
+    ]
+    if opt:
+        rows += [
+            ('optimizer', type(getattr(opt, 'opt', opt)).__name__),
+            ('weight decay', opt.hypers[-1].get('wd')),
+        ]
     if lrs: rows += [('highest learning rate', f'{max(lrs):.4g}')]
-    lists = {'each picture': dl.after_item.fs, 'each batch': dl.after_batch.fs, 'callbacks': learn.cbs}
+    lists = {
+        'each picture': dl.after_item.fs,
+        'each batch': dl.after_batch.fs,
+        'callbacks': learn.cbs,
+    }
     return rows + [(k, ', '.join(map(with_arguments, v))) for k, v in lists.items()]
 
 def config_rows(
@@ -272,7 +368,9 @@ def named_numbers(
     out = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        out |= named_numbers(value, f'{f.name}.') if is_dataclass(value) else {prefix + f.name: value}
+        out |= (
+            named_numbers(value, f'{f.name}.') if is_dataclass(value) else {prefix + f.name: value}
+        )
     return out
 
 # %% ../nbs/23e_report.ipynb #23e00023
@@ -302,7 +400,9 @@ def loss_figure(
 ) -> Figure:
     "The total and its five parts."
     fig = Figure((9, 4.4), layout='constrained')
-    parts = {'total': ('train_loss', 'valid_loss')} | {loss.removeprefix('loss_'): (f't_{short}', f'v_{short}') for loss, short in SHORT.items()}
+    parts = {'total': ('train_loss', 'valid_loss')} | {
+        loss.removeprefix('loss_'): (f't_{short}', f'v_{short}') for loss, short in SHORT.items()
+    }
     for ax, (title, names) in zip(fig.subplots(2, 3).flat, parts.items()):
         draw_lines(ax, history, dict(zip(('training', 'validation'), names)), title)
         low, high = (f([f(l.get_ydata()) for l in ax.lines], default=1) for f in (min, max))
@@ -316,7 +416,11 @@ def ap_figure(
     "Average precision over epochs, and the learning rate where it is known."
     fig = Figure((9, 2.6), layout='constrained')
     axes = fig.subplots(1, 2)
-    draw_lines(axes[0], history, {'box AP': 'box_ap', 'mask AP': 'mask_ap', 'mask AP at IoU 0.5': 'mask_ap50'}, 'average precision')
+    draw_lines(
+        axes[0], history,
+        {'box AP': 'box_ap', 'mask AP': 'mask_ap', 'mask AP at IoU 0.5': 'mask_ap50'},
+        'average precision',
+    )
     axes[0].set(ylim=(-.02, 1.02), xlabel='epoch')
     draw_lines(axes[1], history, {'learning rate': 'lr'}, 'learning rate')
     if len(rates) and not axes[1].lines: axes[1].plot(rates); axes[1].set_xlabel('step')
@@ -342,7 +446,14 @@ def count(
     min_score=.5,     # less sure than this is not looked at
 ) -> Counts:
     "How many are right, wrong and missed."
-    keep = lambda t: t[(t.label == label if label else True) & (t.image.isin(images) if images is not None else True)] if label or images is not None else t
+    keep = lambda t: (
+        t[
+            (t.label == label if label else True)
+            & (t.image.isin(images) if images is not None else True)
+        ]
+        if label or images is not None
+        else t
+    )
     finds, objects = keep(split.finds[split.finds.score >= min_score]), keep(split.objects)
     right = int((finds.kind == 'right').sum())
     return Counts(right, len(finds) - right, len(objects) - right)
@@ -362,16 +473,42 @@ def summary(
     n_images: int,
 ) -> str:
     "What the numbers say, for somebody who does not know them."
-    if not counts.objects: return f'The {n_images} validation images hold no object to find; the model made {counts.wrong:,} finds in them, all of them wrong.' if n_images else 'There are no validation images.'
-    text = [f'The {n_images:,} validation images hold {counts.objects:,} objects. The model finds {counts.right:,} of them ({of_100(counts.right, counts.objects)}).']
-    if counts.finds: text += [f'Of its {counts.finds:,} finds {counts.wrong:,} are wrong ({of_100(counts.wrong, counts.finds)}).']
-    if scores.get('mask_ap') is not None: text += [f"Its mask AP is {scores['mask_ap']:.3f} (1 at best), {scores['mask_ap50']:.3f} if an overlap (IoU) of 0.5 is enough."]
-    if scores.get('dsb') is not None: text += [f"The score of the Data Science Bowl is {scores['dsb']:.3f}."]
-    text += extremes({k: v.get('mask_ap') for k, v in scores.get('per_class', {}).items()}, 'class', 'mask AP')
-    text += extremes({k: v.get('dsb') for k, v in scores.get('by_kind', {}).items()}, 'kind of image', 'score')
+    if not counts.objects:
+        return (
+            f'The {n_images} validation images hold no object to find; the model made '
+            f'{counts.wrong:,} finds in them, all of them wrong.'
+            if n_images
+            else 'There are no validation images.'
+        )
+    text = [
+        f'The {n_images:,} validation images hold {counts.objects:,} objects. The model finds '
+        f'{counts.right:,} of them ({of_100(counts.right, counts.objects)}).'
+    ]
+    if counts.finds:
+        text += [
+            f'Of its {counts.finds:,} finds {counts.wrong:,} are wrong '
+            f'({of_100(counts.wrong, counts.finds)}).'
+        ]
+    if scores.get('mask_ap') is not None:
+        text += [
+            f"Its mask AP is {scores['mask_ap']:.3f} (1 at best), {scores['mask_ap50']:.3f} if an "
+            f"overlap (IoU) of 0.5 is enough."
+        ]
+    if scores.get('dsb') is not None:
+        text += [f"The score of the Data Science Bowl is {scores['dsb']:.3f}."]
+    text += extremes(
+        {k: v.get('mask_ap') for k, v in scores.get('per_class', {}).items()}, 'class', 'mask AP'
+    )
+    text += extremes(
+        {k: v.get('dsb') for k, v in scores.get('by_kind', {}).items()}, 'kind of image', 'score'
+    )
     worst, total = max(errors, key=errors.get, default=None), sum(errors.values())
     if total >= 5: text += [f'The most common error is “{worst}”: {errors[worst]:,} of {total:,}.']
-    return ' '.join(text) + ' A find counts where the model is at least 0.5 sure; it is right if its class is right and its pixels overlap those of an object with an IoU of at least 0.5.'
+    return (
+        ' '.join(text)
+        + ' A find counts where the model is at least 0.5 sure; it is right if its class is right '
+        'and its pixels overlap those of an object with an IoU of at least 0.5.'
+    )
 
 def extremes(
     values: dict,      # name -> number or None
@@ -381,14 +518,25 @@ def extremes(
     "The best and the worst of several, as a sentence."
     values = {k: v for k, v in values.items() if v is not None}
     best, worst = (f(values, key=values.get, default=None) for f in (max, min))
-    return [f'The best {what} is {best} ({measure} {values[best]:.3f}), the weakest {worst} ({values[worst]:.3f}).'] if len(values) > 1 else []
+    return (
+        [
+            f'The best {what} is {best} ({measure} {values[best]:.3f}), the weakest {worst} '
+            f'({values[worst]:.3f}).'
+        ]
+        if len(values) > 1
+        else []
+    )
 
 def sure_errors(
     compared: list,    # of Compared, one an image
     min_score=.5,      # less sure than this is not looked at
 ) -> dict:             # kind -> number
     "Errors of the finds that count, and the objects that none of them points to."
-    sure = [replace(c, found=c.found[k], iou=c.iou[:, k]) for c in compared for k in [c.found.scores >= min_score]]
+    sure = [
+        replace(c, found=c.found[k], iou=c.iou[:, k])
+        for c in compared
+        for k in [c.found.scores >= min_score]
+    ]
     return split_errors(sure).table['count'].to_dict()
 
 # %% ../nbs/23e_report.ipynb #23e0002f
@@ -410,10 +558,26 @@ def data_warnings(
 ) -> list[str]:
     "What the validation images are too few for."
     labels, n, out = range(1, len(classes)), sum(valid.values()), []
-    if n < least: out.append(f'Only {n} objects in the validation images: too few to say how good the model is. With 20, a run of luck changes the share found by 10 of 100 or more.')
-    if lack := [classes[k] for k in labels if not valid[k]]: out.append(f'No object of {names_of(lack)} in the validation images: nothing is known about {"this class" if len(lack) == 1 else "these classes"}.')
-    if train is not None and (lack := [classes[k] for k in labels if not train[k]]): out.append(f'No object of {names_of(lack)} in the training images: the model cannot know {"it" if len(lack) == 1 else "them"}.')
-    if slots and most > slots: out.append(f'One validation image holds {most} objects, but the model finds {slots} at most (n_detections): raise it.')
+    if n < least:
+        out.append(
+            f'Only {n} objects in the validation images: too few to say how good the model is. '
+            f'With 20, a run of luck changes the share found by 10 of 100 or more.'
+        )
+    if lack := [classes[k] for k in labels if not valid[k]]:
+        out.append(
+            f'No object of {names_of(lack)} in the validation images: nothing is known about '
+            f'{"this class" if len(lack) == 1 else "these classes"}.'
+        )
+    if train is not None and (lack := [classes[k] for k in labels if not train[k]]):
+        out.append(
+            f'No object of {names_of(lack)} in the training images: the model cannot know '
+            f'{"it" if len(lack) == 1 else "them"}.'
+        )
+    if slots and most > slots:
+        out.append(
+            f'One validation image holds {most} objects, but the model finds {slots} at most '
+            f'(n_detections): raise it.'
+        )
     return out
 
 def training_warnings(
@@ -422,8 +586,15 @@ def training_warnings(
 ) -> list[str]:
     "What the losses say against the run."
     if not len(history) or not {'train_loss', 'valid_loss'} <= set(history): return []
-    if len(history) < 3: return [f'{len(history)} epoch{"s"[len(history) < 2:]} only: the curves cannot tell whether training was at its end.']
-    said = read_curve(history.train_loss.tolist(), history.valid_loss.tolist(), sum(expected_losses(n_classes).values()))
+    if len(history) < 3:
+        return [
+            f'{len(history)} epoch{"s"[len(history) < 2:]} only: the curves cannot tell whether '
+            f'training was at its end.'
+        ]
+    said = read_curve(
+        history.train_loss.tolist(), history.valid_loss.tolist(),
+        sum(expected_losses(n_classes).values()),
+    )
     return [] if said.startswith('Flat') else [f'Loss: {said[0].lower()}{said[1:]}']
 
 def gap_warnings(
@@ -434,16 +605,25 @@ def gap_warnings(
 ) -> list[str]:
     "Whether the training images are known by heart."
     if not train_ap - valid_ap > most: return []
-    return [f'Mask AP at IoU 0.5 is {train_ap:.3f} on {n_train} training images and {valid_ap:.3f} in validation: the training images are known by heart. More images, or more varied ones, would help.']
+    return [
+        f'Mask AP at IoU 0.5 is {train_ap:.3f} on {n_train} training images and {valid_ap:.3f} in '
+        f'validation: the training images are known by heart. More images, or more varied ones, '
+        f'would help.'
+    ]
 
 # %% ../nbs/23e_report.ipynb #23e00033
 def score_table(
     scores: dict,
 ) -> Html:
     "Boxes and masks over all classes."
-    names = dict(ap='AP', ap50='AP at IoU 0.5', ap75='AP at IoU 0.75') | {f'ap_{s}': s for s in ('small', 'medium', 'large')}
+    names = dict(ap='AP', ap50='AP at IoU 0.5', ap75='AP at IoU 0.75') | {
+        f'ap_{s}': s for s in ('small', 'medium', 'large')
+    }
     flat = scores | scores.get('sizes', {})
-    return table([(kind, *(flat.get(f'{kind}_{n}') for n in names)) for kind in ('box', 'mask')], ('', *names.values()), 'Average precision')
+    return table(
+        [(kind, *(flat.get(f'{kind}_{n}') for n in names)) for kind in ('box', 'mask')],
+        ('', *names.values()), 'Average precision',
+    )
 
 def class_table(
     classes: list,
@@ -454,8 +634,15 @@ def class_table(
     "A row a class."
     def row(k):
         c, ap = count(split, k), scores.get('per_class', {}).get(classes[k], {})
-        return (classes[k], *([train[k]] if train is not None else []), c.objects, of_100(c.right, c.objects), of_100(c.wrong, c.finds), ap.get('box_ap'), ap.get('mask_ap'))
-    head = ('class', *(['in training'] if train is not None else []), 'in validation', 'found', 'finds wrong', 'box AP', 'mask AP')
+        return (
+            classes[k], *([train[k]] if train is not None else []), c.objects,
+            of_100(c.right, c.objects), of_100(c.wrong, c.finds), ap.get('box_ap'),
+            ap.get('mask_ap'),
+        )
+    head = (
+        'class', *(['in training'] if train is not None else []), 'in validation', 'found',
+        'finds wrong', 'box AP', 'mask AP',
+    )
     return table(map(row, range(1, len(classes))), head, 'By class')
 
 def kind_tables(
@@ -469,11 +656,30 @@ def kind_tables(
     for kind in sorted({str(kinds.get(n, 'unknown')) for n in names}) if kinds else ():
         at = [i for i, n in enumerate(names) if str(kinds.get(n, 'unknown')) == kind]
         c = count(split, images=at)
-        out.append((kind, len(at), c.objects, of_100(c.right, c.objects), of_100(c.wrong, c.finds), by_kind.get(kind, {}).get('dsb')))
-    tables = [table(out, ('kind', 'images', 'objects', 'found', 'finds wrong', 'DSB score'), 'By kind of image')] if out else []
+        out.append(
+            (
+                kind, len(at), c.objects, of_100(c.right, c.objects), of_100(c.wrong, c.finds),
+                by_kind.get(kind, {}).get('dsb'),
+            )
+        )
+    tables = (
+        [
+            table(
+                out, ('kind', 'images', 'objects', 'found', 'finds wrong', 'DSB score'),
+                'By kind of image',
+            )
+        ]
+        if out
+        else []
+    )
     if scores.get('ap_by_iou'):
         rows = [(k, *v['ap_by_iou'].values()) for k, v in dict(all=scores, **by_kind).items()]
-        tables.append(table(rows, ('IoU', *(f'{float(t):.2f}' for t in scores['ap_by_iou'])), 'Right / (right + wrong + missed), mean over images, by IoU'))
+        tables.append(
+            table(
+                rows, ('IoU', *(f'{float(t):.2f}' for t in scores['ap_by_iou'])),
+                'Right / (right + wrong + missed), mean over images, by IoU',
+            )
+        )
     return tables
 
 # %% ../nbs/23e_report.ipynb #23e00037
@@ -486,20 +692,46 @@ def pr_figure(
     fig = Figure((4.2, 3.2), layout='constrained')
     ax, recall = fig.subplots(), np.linspace(0, 1, 101)
     labels = sorted(split.objects.label.unique())
-    curves = [precision_curve(f.kind == 'right', f.score, (split.objects.label == k).sum()) for k in labels for f in [split.finds[split.finds.label == k]]]
+    curves = [
+        precision_curve(f.kind == 'right', f.score, (split.objects.label == k).sum())
+        for k in labels
+        for f in [split.finds[split.finds.label == k]]
+    ]
     for k, y, style in zip(labels, curves, ['-', '--', ':', '-.'] * len(labels)):
         many = len(labels) > most
-        ax.plot(recall, y, '-' if many else style, color='#9ca3af' if many else None, lw=.6 if many else 1.5, label=None if many else f'{literal(classes[k])} {y.mean():.2f}')
+        ax.plot(
+            recall, y, '-' if many else style, color='#9ca3af' if many else None,
+            lw=0.6 if many else 1.5,
+            label=None if many else f'{literal(classes[k])} {y.mean():.2f}',
+        )
         c = count(split, k)
-        if c.finds and not many: ax.plot(c.right / c.objects, c.right / c.finds, 'o', color=ax.lines[-1].get_color(), markersize=5)
-    if len(labels) > most: ax.plot(recall, np.mean(curves, 0), color='#0369a1', lw=2, label=f'mean of {len(labels)} classes {np.mean(curves):.2f}')
-    ax.set(xlabel='recall: share of the objects found', ylabel='precision: share of the finds right', xlim=(0, 1.02), ylim=(0, 1.05))
+        if c.finds and not many:
+            ax.plot(
+                c.right / c.objects, c.right / c.finds, 'o', color=ax.lines[-1].get_color(),
+                markersize=5,
+            )
+    if len(labels) > most:
+        ax.plot(
+            recall, np.mean(curves, 0), color='#0369a1', lw=2,
+            label=f'mean of {len(labels)} classes {np.mean(curves):.2f}',
+        )
+    ax.set(
+        xlabel='recall: share of the objects found', ylabel='precision: share of the finds right',
+        xlim=(0, 1.02), ylim=(0, 1.05),
+    )
     if labels: ax.legend(fontsize=8)
     return fig
 
 # %% ../nbs/23e_report.ipynb #23e0003a
-ERROR_WORDS = dict(location='right class, but an IoU between 0.1 and 0.5', background='nothing is there', duplicate='an object that a surer find has', both='wrong class and wrong place')
-ERROR_WORDS = {'class': 'right place, wrong class'} | ERROR_WORDS | {'missed': 'an object that no find comes near to'}
+ERROR_WORDS = dict(
+    location='right class, but an IoU between 0.1 and 0.5', background='nothing is there',
+    duplicate='an object that a surer find has', both='wrong class and wrong place',
+)
+ERROR_WORDS = (
+    {'class': 'right place, wrong class'}
+    | ERROR_WORDS
+    | {'missed': 'an object that no find comes near to'}
+)
 
 def error_parts(
     ev: InstanceInterpretation,
@@ -510,15 +742,43 @@ def error_parts(
     if not len(split.objects): return [tag('p', 'No objects to find, so nothing to measure.')]
     fig, names = Figure((8, 2.4), layout='constrained'), list(map(literal, ev.classes))
     for ax in plot_errors(split, fig.subplots(1, 2, sharey=True)): ax.set_xticks([])
-    parts = [picture(pr_figure(split, ev.classes), 'Precision over recall at IoU 0.5 for each class.', 'Precision and recall at IoU 0.5. Dots: where the finds end that are at least 0.5 sure.'),
-             picture(fig, 'Bars: how many errors there are of each kind, and how much AP each of them costs.', 'Kinds of errors, among all finds however unsure, and the AP that mending each would gain.'),
-             bullets([(tag('b', k), f': {v}') for k, v in ERROR_WORDS.items()])]
+    parts = [
+        picture(
+            pr_figure(split, ev.classes), 'Precision over recall at IoU 0.5 for each class.',
+            'Precision and recall at IoU 0.5. Dots: where the finds end that are at least 0.5 '
+            'sure.',
+        ),
+        picture(
+            fig,
+            'Bars: how many errors there are of each kind, and how much AP each of them costs.',
+            'Kinds of errors, among all finds however unsure, and the AP that mending each would '
+            'gain.',
+        ),
+        bullets([(tag('b', k), f': {v}') for k, v in ERROR_WORDS.items()]),
+    ]
     if 2 < len(names) < 13:
         fig = Figure((1.6 + .6 * len(names), 1.1 + .5 * len(names)), layout='constrained')
         plot_confusion(ev.confusion_matrix(), names, ax=fig.subplots())
-        parts.append(picture(fig, 'Confusion matrix: a row a true class, a column a found one.', 'What is taken for what, at IoU 0.5, by finds that are at least 0.5 sure.'))
-    rows = [('(nothing: invented)' if t == 'background' else t, '(nothing: missed)' if f == 'background' else f, k) for t, f, k in ev.most_confused()[:n]]
-    return parts + [table(rows, ('true', 'found', 'how often'), 'Most common confusions') if rows else tag('p', 'Nothing was taken for anything else.')]
+        parts.append(
+            picture(
+                fig, 'Confusion matrix: a row a true class, a column a found one.',
+                'What is taken for what, at IoU 0.5, by finds that are at least 0.5 sure.',
+            )
+        )
+    rows = [
+        (
+            '(nothing: invented)' if t == 'background' else t,
+            '(nothing: missed)' if f == 'background' else f, k,
+        )
+        for t, f, k in ev.most_confused()[:n]
+    ]
+    return parts + [
+        (
+            table(rows, ('true', 'found', 'how often'), 'Most common confusions')
+            if rows
+            else tag('p', 'Nothing was taken for anything else.')
+        )
+    ]
 
 # %% ../nbs/23e_report.ipynb #23e0003d
 def evenly(
@@ -547,11 +807,17 @@ def show_objects(
     captions=12,         # no texts where there are more objects
 ):
     "Image and masks; boxes with class and score where there is room for them."
-    colours = np.array([(0, 0, 0, 0), *((*COLOURS[i % len(COLOURS)], .5) for i in range(len(instances)))], np.float32)
+    colours = np.array(
+        [(0, 0, 0, 0), *((*COLOURS[i % len(COLOURS)], 0.5) for i in range(len(instances)))],
+        np.float32,
+    )
     show_image(image, ax, title).imshow(colours[instances.label_map()])
     few = len(instances) <= captions
     role = 'gt' if instances.scores is None else 'prediction'
-    show_boxes(instances.boxes, ax, instances.labels if few else None, instances.scores if few else None, names, role, linewidth=1.2 if few else .5)
+    show_boxes(
+        instances.boxes, ax, instances.labels if few else None, instances.scores if few else None,
+        names, role, linewidth=1.2 if few else 0.5,
+    )
 
 def pair_figure(
     image: np.ndarray,
@@ -577,8 +843,14 @@ def found_pictures(
     for i in evenly(len(ev.images), n):
         truth, found = ev.truths[i], ev.founds[i][ev.founds[i].scores >= min_score]
         image = look(ev.images[i]) if look else ev.images[i]
-        alt = f'Image {ev.names[i]} twice: left the truth ({len(truth)} objects), right what was found ({len(found)}).'
-        out.append(picture(pair_figure(image, truth, found, names), alt, f'{ev.names[i]}: score {scores[i]:.2f}', photo=True))
+        alt = (f'Image {ev.names[i]} twice: left the truth ({len(truth)} objects), '
+               f'right what was found ({len(found)}).')
+        out.append(
+            picture(
+                pair_figure(image, truth, found, names), alt,
+                f'{ev.names[i]}: score {scores[i]:.2f}', photo=True,
+            )
+        )
     return out
 
 def worst_pictures(
@@ -594,9 +866,16 @@ def worst_pictures(
         m = match(truth, found)
         if scores[i] == 1: break
         fig, (ax,) = canvas(ev.images[i], side=4.4)
-        show_differences(look(ev.images[i]) if look else ev.images[i], truth, found, ax, names=names)
+        show_differences(
+            look(ev.images[i]) if look else ev.images[i], truth, found, ax, names=names
+        )
         words = f'{len(m.pairs)} right, {len(m.wrong)} wrong, {len(m.missed)} missed'
-        out.append(picture(fig, f'Image {ev.names[i]} with the outlines of its objects: {words}.', f'{ev.names[i]}: score {scores[i]:.2f}; {words}', photo=True))
+        out.append(
+            picture(
+                fig, f'Image {ev.names[i]} with the outlines of its objects: {words}.',
+                f'{ev.names[i]}: score {scores[i]:.2f}; {words}', photo=True,
+            )
+        )
     return out
 
 # %% ../nbs/23e_report.ipynb #23e00043
@@ -614,7 +893,8 @@ class Run:
     labels: dict                         # 'train', 'valid' -> Counter of labels, or None
     history: pd.DataFrame
     log: list                            # sessions
-    train_ap: float                      # AP at IoU 0.5 on some training images, nan where not known
+    # AP at IoU 0.5 on some training images, nan where not known
+    train_ap: float
     n_known: int                         # training images that it is of
 
 def collect(out, model, dataset, scores, found=None, train=None, command=None, n_train=16) -> Run:
@@ -624,76 +904,197 @@ def collect(out, model, dataset, scores, found=None, train=None, command=None, n
     if train is None and learn: train = learn.dls.train.items[0].dataset
     train = once(train) if train is not None else None
     if found is None: found = [predict_instances(model, s.image) for s in dataset]
-    if len(found) != len(dataset): raise DataError(f'write_report: {len(found)} lists of finds for {len(dataset)} images; give one for each image, in their order')
-    ev = InstanceInterpretation([s.image for s in dataset], [s.instances for s in dataset], found, dataset.classes, dataset.names, None, model.config)
+    if len(found) != len(dataset):
+        raise DataError(
+            f'write_report: {len(found)} lists of finds for {len(dataset)} images; give one for '
+            f'each image, in their order'
+        )
+    ev = InstanceInterpretation(
+        [s.image for s in dataset], [s.instances for s in dataset], found, dataset.classes,
+        dataset.names, None, model.config,
+    )
     known = train.subset(evenly(len(train), n_train)) if train is not None else []
-    train_ap = split_errors([compare(s.instances, predict_instances(model, s.image)) for s in known]).ap
-    labels = dict(train=count_labels(train) if train is not None else None, valid=count_labels(dataset))
+    train_ap = split_errors(
+        [compare(s.instances, predict_instances(model, s.image)) for s in known]
+    ).ap
+    labels = dict(
+        train=count_labels(train) if train is not None else None, valid=count_labels(dataset)
+    )
     log = read_log(out) or [made_with(model.mean.device, command)]
-    return Run(Path(out), model, learn, scores, dataset, train, ev, split_errors(ev.compared['mask']), labels, read_history(out), log, train_ap, len(known))
+    return Run(
+        Path(out), model, learn, scores, dataset, train, ev, split_errors(ev.compared['mask']),
+        labels, read_history(out), log, train_ap, len(known),
+    )
 
 # %% ../nbs/23e_report.ipynb #23e00046
 def run_part(r: Run, command=None, data=None, seed=None) -> list:
     "Command, date, machine, versions; a table of the sessions where there were several."
     last, took = r.log[-1], [e.get('seconds') for e in r.log]
-    if seed is None and r.learn: seed = next((cb.seed for cb in r.learn.cbs if isinstance(cb, EpochSeed)), None)
+    if seed is None and r.learn:
+        seed = next((cb.seed for cb in r.learn.cbs if isinstance(cb, EpochSeed)), None)
     typed = command or last['command']
-    rows = [('command', tag('code', typed) if typed else 'called from Python'), ('started', r.log[0]['date'] if 'first' in r.log[0] else None), ('training took', took_words(took)), ('report written', datetime.now().astimezone().isoformat(' ', 'seconds')),
-            ('epochs', str(len(r.history)) if len(r.history) else None), ('seed', None if seed is None else str(seed)), ('data', data or place_of(r.dataset)), ('classes', names_of(r.dataset.classes[1:], 20)),
-            ('machine', last['machine']), ('device', last['device']), ('versions', ', '.join(f'{k} {v}' for k, v in last['versions'].items())), ('commit of the code', last['commit']),
-            ('size of the model', f'{sum(p.numel() for p in r.model.parameters()):,} parameters')]
-    sessions = [(f"{e['first']} to {e['last']}", e['date'], took_words([e['seconds']]), e['command'] or 'called from Python', e['machine'], e['commit']) for e in r.log if 'first' in e]
-    return [table(rows, caption='The run', class_='facts'), table(sessions, ('epochs', 'started', 'took', 'command', 'machine', 'commit'), 'Sessions', 'facts') if len(sessions) > 1 else None]
+    rows = [
+        ('command', tag('code', typed) if typed else 'called from Python'),
+        ('started', r.log[0]['date'] if 'first' in r.log[0] else None),
+        ('training took', took_words(took)),
+        ('report written', datetime.now().astimezone().isoformat(' ', 'seconds')),
+        ('epochs', str(len(r.history)) if len(r.history) else None),
+        ('seed', None if seed is None else str(seed)), ('data', data or place_of(r.dataset)),
+        ('classes', names_of(r.dataset.classes[1:], 20)), ('machine', last['machine']),
+        ('device', last['device']),
+        ('versions', ', '.join(f'{k} {v}' for k, v in last['versions'].items())),
+        ('commit of the code', last['commit']),
+        ('size of the model', f'{sum(p.numel() for p in r.model.parameters()):,} parameters'),
+    ]
+    sessions = [
+        (
+            f"{e['first']} to {e['last']}", e['date'], took_words([e['seconds']]),
+            e['command'] or 'called from Python', e['machine'], e['commit'],
+        )
+        for e in r.log
+        if 'first' in e
+    ]
+    return [
+        table(rows, caption='The run', class_='facts'),
+        (
+            table(
+                sessions, ('epochs', 'started', 'took', 'command', 'machine', 'commit'), 'Sessions',
+                'facts',
+            )
+            if len(sessions) > 1
+            else None
+        ),
+    ]
 
 def took_words(
     seconds: list,     # of the sessions; None where not known
 ) -> str | None:
     "Hours, minutes and seconds."
-    return str(timedelta(seconds=round(sum(seconds)))) + ' (h:mm:ss)' if seconds and None not in seconds else None
+    return (
+        str(timedelta(seconds=round(sum(seconds)))) + ' (h:mm:ss)'
+        if seconds and None not in seconds
+        else None
+    )
 
 def data_part(r: Run, faults=(), notes=(), most=100) -> list:
-    "Numbers of the images, what was wrong with them, and why the model's numbers are what they are."
+    """Numbers of the images, what was wrong with them, and why the model's numbers are what they
+    are."""
     sides = ([facts(r.train)] if r.train is not None else []) + [facts(r.dataset)]
     head = ('', *(['training'] if r.train is not None else []), 'validation')
-    faults = list(dict.fromkeys([*faults, *(r.train.faults if r.train is not None else ()), *r.dataset.faults]))
-    rows = [(f.file, f.fault, f.action) if hasattr(f, 'action') else (str(f), '', '') for f in faults[:most]]
+    faults = list(
+        dict.fromkeys(
+            [*faults, *(r.train.faults if r.train is not None else ()), *r.dataset.faults]
+        )
+    )
+    rows = [
+        (f.file, f.fault, f.action) if hasattr(f, 'action') else (str(f), '', '')
+        for f in faults[:most]
+    ]
     more = [tag('p', f'… and {len(faults) - most} more.')] if len(faults) > most else []
-    listed = [table(rows, ('file', 'fault', 'what was done'), f'Faults in the data: {len(faults)}', 'facts'), *more] if rows else [tag('p', 'No fault was found in the data.')]
-    return [table([(k, *(s[k] for s in sides)) for k in sides[0]], head, 'The images'), *listed, *([tag('h3', 'Numbers proposed for this data'), bullets(list(notes))] if notes else [])]
+    listed = (
+        [
+            table(
+                rows, ('file', 'fault', 'what was done'), f'Faults in the data: {len(faults)}',
+                'facts',
+            ),
+            *more,
+        ]
+        if rows
+        else [tag('p', 'No fault was found in the data.')]
+    )
+    return [
+        table([(k, *(s[k] for s in sides)) for k in sides[0]], head, 'The images'), *listed,
+        *([tag('h3', 'Numbers proposed for this data'), bullets(list(notes))] if notes else []),
+    ]
 
 # %% ../nbs/23e_report.ipynb #23e00049
 def curve_part(r: Run) -> list:
     "Losses, average precision and learning rate."
     if not len(r.history): return [tag('p', 'No history.csv in the folder, so no curves.')]
-    rates = r.learn.recorder.lrs if r.learn and hasattr(r.learn.recorder, 'lrs') and len(r.learn.recorder.values) == len(r.history) else []
-    last, names = r.history.iloc[-1], {'total': ('train_loss', 'valid_loss')} | {loss: (f't_{short}', f'v_{short}') for loss, short in SHORT.items()}
-    return [picture(loss_figure(r.history), f'Six plots over {len(r.history)} epochs: the total loss and its five parts, in training and validation.'),
-            picture(ap_figure(r.history, rates), 'Average precision over epochs, and the learning rate where it is known.', 'As measured while training, on images as the loaders cut them; the tables below are of whole images.'),
-            table([(k, last.get(t), last.get(v)) for k, (t, v) in names.items()], ('loss', 'training', 'validation'), 'Losses of the last epoch')]
+    rates = (
+        r.learn.recorder.lrs
+        if r.learn
+        and hasattr(r.learn.recorder, 'lrs')
+        and len(r.learn.recorder.values) == len(r.history)
+        else []
+    )
+    last, names = r.history.iloc[-1], {'total': ('train_loss', 'valid_loss')} | {
+        loss: (f't_{short}', f'v_{short}') for loss, short in SHORT.items()
+    }
+    return [
+        picture(
+            loss_figure(r.history),
+            f'Six plots over {len(r.history)} epochs: the total loss and its five parts, in '
+            f'training and validation.',
+        ),
+        picture(
+            ap_figure(r.history, rates),
+            'Average precision over epochs, and the learning rate where it is known.',
+            'As measured while training, on images as the loaders cut them; the tables below are '
+            'of whole images.',
+        ),
+        table(
+            [(k, last.get(t), last.get(v)) for k, (t, v) in names.items()],
+            ('loss', 'training', 'validation'), 'Losses of the last epoch',
+        ),
+    ]
 
 def score_part(r: Run, kinds=None) -> list:
     "All tables of scores."
-    known = tag('p', f'On {r.n_known} training images mask AP at IoU 0.5 is {shown(r.train_ap)}; in validation {shown(float(r.split.ap))}.') if r.train_ap == r.train_ap else None
-    return [score_table(r.scores), known, class_table(r.dataset.classes, r.split, r.scores, r.labels['train']), kind_tables(r.dataset.names, r.split, r.scores, kinds)]
+    known = (
+        tag(
+            'p',
+            f'On {r.n_known} training images mask AP at IoU 0.5 is {shown(r.train_ap)}; in '
+            f'validation {shown(float(r.split.ap))}.',
+        )
+        if r.train_ap == r.train_ap
+        else None
+    )
+    return [
+        score_table(r.scores), known,
+        class_table(r.dataset.classes, r.split, r.scores, r.labels['train']),
+        kind_tables(r.dataset.names, r.split, r.scores, kinds),
+    ]
 
 def picture_part(r: Run, n=6) -> list:
     "Some images, and the worst."
     look = stretch if r.model.config.stretch else None
     some, worst = found_pictures(r.ev, n, look), worst_pictures(r.ev, n, look)
-    legend = 'Green and solid is right at IoU 0.5, red and dotted wrong, white and dashed missed. The score is the mean over ten IoUs of right / (right + wrong + missed).'
-    return [tag('p', f'{len(some)} of {len(r.dataset)} images, evenly chosen. Left the truth, right what was found.'), tag('div', some, class_='pictures pairs'), tag('h3', 'The worst images'),
-            tag('p', legend if worst else 'Nothing is wrong in any image.'), tag('div', worst, class_='pictures')]
+    legend = ('Green and solid is right at IoU 0.5, red and dotted wrong, white and dashed missed. '
+              'The score is the mean over ten IoUs of right / (right + wrong + missed).')
+    return [
+        tag(
+            'p',
+            f'{len(some)} of {len(r.dataset)} images, evenly chosen. Left the truth, right what '
+            f'was found.',
+        ),
+        tag('div', some, class_='pictures pairs'),
+        tag('h3', 'The worst images'),
+        tag('p', legend if worst else 'Nothing is wrong in any image.'),
+        tag('div', worst, class_='pictures'),
+    ]
 
 def number_part(r: Run) -> list:
     "How it was trained, and every number of the model."
-    return [table(recipe_rows(r.learn), caption='Training', class_='facts') if r.learn else None, table(config_rows(r.model.config), ('number', 'here', 'in the paper'), 'The model', 'facts')]
+    return [
+        table(recipe_rows(r.learn), caption='Training', class_='facts') if r.learn else None,
+        table(
+            config_rows(r.model.config), ('number', 'here', 'in the paper'), 'The model', 'facts'
+        ),
+    ]
 
 # %% ../nbs/23e_report.ipynb #23e0004b
 def warning_list(r: Run) -> list[str]:
     "All that weakens the numbers."
     most = max((len(t) for t in r.ev.truths), default=0)
-    return [*data_warnings(r.dataset.classes, r.labels['valid'], r.labels['train'], most, r.model.config.detection.n_detections), *training_warnings(r.history, len(r.dataset.classes)),
-            *gap_warnings(r.train_ap, r.split.ap, r.n_known)]
+    return [
+        *data_warnings(
+            r.dataset.classes, r.labels['valid'], r.labels['train'], most,
+            r.model.config.detection.n_detections,
+        ),
+        *training_warnings(r.history, len(r.dataset.classes)),
+        *gap_warnings(r.train_ap, r.split.ap, r.n_known),
+    ]
 
 def write_report(
     out,               # folder of the run
@@ -715,9 +1116,28 @@ def write_report(
     r = collect(out, model, dataset, scores, found, train, command)
     title = title or f'Report of the run {Path(out).resolve().name}'
     said = warning_list(r)
-    parts = dict(run=('What was run', run_part(r, command, data, seed)), data=('Data', data_part(r, faults, notes)), curves=('Curves', curve_part(r)), scores=('Scores', score_part(r, kinds)),
-                 errors=('Errors', error_parts(r.ev, r.split)), pictures=('Pictures', picture_part(r, n_pictures)), numbers=('Numbers of the training and the model', number_part(r)))
-    top = [tag('h1', title), tag('p', summary(count(r.split), scores, sure_errors(r.ev.compared['mask']), len(dataset)), class_='summary'), tag('h2', 'What to be careful about') if said else None, bullets(said, 'warnings'),
-           tag('nav', [tag('a', name, href=f'#{k}') for k, (name, _) in parts.items()], class_='contents', aria_label='contents')]
-    write_atomic(r.out / 'report.html', page(title, *top, *(section(k, name, *body) for k, (name, body) in parts.items())))
+    parts = dict(
+        run=('What was run', run_part(r, command, data, seed)),
+        data=('Data', data_part(r, faults, notes)), curves=('Curves', curve_part(r)),
+        scores=('Scores', score_part(r, kinds)), errors=('Errors', error_parts(r.ev, r.split)),
+        pictures=('Pictures', picture_part(r, n_pictures)),
+        numbers=('Numbers of the training and the model', number_part(r)),
+    )
+    top = [
+        tag('h1', title),
+        tag(
+            'p', summary(count(r.split), scores, sure_errors(r.ev.compared['mask']), len(dataset)),
+            class_='summary',
+        ),
+        tag('h2', 'What to be careful about') if said else None,
+        bullets(said, 'warnings'),
+        tag(
+            'nav', [tag('a', name, href=f'#{k}') for k, (name, _) in parts.items()],
+            class_='contents', aria_label='contents',
+        ),
+    ]
+    write_atomic(
+        r.out / 'report.html',
+        page(title, *top, *(section(k, name, *body) for k, (name, body) in parts.items())),
+    )
     return r.out / 'report.html'

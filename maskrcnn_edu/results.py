@@ -25,14 +25,34 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion, label
 from skimage.measure import regionprops_table
 
-from .data import DataError, Instances, by_id, coco_rle, crop_boxes, four_numbers, load_json, read_image, rgb, tight, unpack_counts, write_atomic
+from maskrcnn_edu.data import (
+    DataError, Instances, by_id, coco_rle, crop_boxes, four_numbers, load_json, read_image, rgb,
+    tight, unpack_counts, write_atomic,
+)
 from .nuclei import rle_decode, submission_csv
 
 # %% ../nbs/23c_results.ipynb #36cf312a
-SHAPE = {'area': 'area', 'centroid-0': 'centroid_y', 'centroid-1': 'centroid_x', 'bbox-0': 'y1', 'bbox-1': 'x1', 'bbox-2': 'y2', 'bbox-3': 'x2',
-    'axis_major_length': 'major_axis', 'axis_minor_length': 'minor_axis', 'eccentricity': 'eccentricity', 'solidity': 'solidity', 'perimeter': 'perimeter'}
+SHAPE = {
+    'area': 'area',
+    'centroid-0': 'centroid_y',
+    'centroid-1': 'centroid_x',
+    'bbox-0': 'y1',
+    'bbox-1': 'x1',
+    'bbox-2': 'y2',
+    'bbox-3': 'x2',
+    'axis_major_length': 'major_axis',
+    'axis_minor_length': 'minor_axis',
+    'eccentricity': 'eccentricity',
+    'solidity': 'solidity',
+    'perimeter': 'perimeter',
+}
 LENGTHS = 'centroid_y', 'centroid_x', 'major_axis', 'minor_axis', 'perimeter'
-BRIGHTNESS = {'intensity_mean': 'mean', 'intensity_min': 'min', 'intensity_max': 'max', 'intensity_std': 'sd'}
+BRIGHTNESS = {
+    'intensity_mean': 'mean',
+    'intensity_min': 'min',
+    'intensity_max': 'max',
+    'intensity_std': 'sd',
+}
 
 def measure(
     crop, # (h,w) bool
@@ -43,8 +63,18 @@ def measure(
     if not crop.any(): return {'area': 0}
     (y, x), (h, w) = origin, crop.shape
     names = [*dict.fromkeys(k.partition('-')[0] for k in SHAPE), *BRIGHTNESS]
-    row = {k: v[0] for k, v in regionprops_table(crop.astype(np.uint8), image[y:y + h, x:x + w], names).items()}
-    return row | {k: row[k] + o for k, o in zip(('centroid-0', 'centroid-1', 'bbox-0', 'bbox-1', 'bbox-2', 'bbox-3'), (y, x) * 3)}
+    row = {
+        k: v[0]
+        for k, v in regionprops_table(
+            crop.astype(np.uint8), image[y : y + h, x : x + w], names
+        ).items()
+    }
+    return row | {
+        k: row[k] + o
+        for k, o in zip(
+            ('centroid-0', 'centroid-1', 'bbox-0', 'bbox-1', 'bbox-2', 'bbox-3'), (y, x) * 3
+        )
+    }
 
 # %% ../nbs/23c_results.ipynb #88c1d50d
 def measurements(
@@ -56,21 +86,41 @@ def measurements(
 ): # DataFrame, a row an object; lengths in pixels, areas in square pixels
     "Size, shape and brightness of every object, overlaps or not"
     check_fit(image, instances)
-    if pixel_size is not None and not 0 < pixel_size < np.inf: raise DataError(f'pixel_size={pixel_size}: a pixel has a size above 0 micrometres; look into the file of the microscope')
+    if pixel_size is not None and not 0 < pixel_size < np.inf:
+        raise DataError(
+            f'pixel_size={pixel_size}: a pixel has a size above 0 micrometres; look into the file '
+            f'of the microscope'
+        )
     image = np.atleast_3d(image)
-    names = SHAPE | {f'{k}-{c}': f'{v}_{n}' for c, n in enumerate(channels or range(image.shape[2])) for k, v in BRIGHTNESS.items()}
+    names = SHAPE | {
+        f'{k}-{c}': f'{v}_{n}'
+        for c, n in enumerate(channels or range(image.shape[2]))
+        for k, v in BRIGHTNESS.items()
+    }
     rows = [measure(c, o, image) for c, o in zip(instances.crops, instances.origins)]
     table = pd.DataFrame(rows, columns=list(names)).rename(columns=names)
     scores = np.full(len(instances), np.nan) if instances.scores is None else instances.scores
-    who = pd.DataFrame({'id': np.arange(1, len(instances) + 1), 'class': [classes[l] for l in instances.labels], 'score': scores})
+    who = pd.DataFrame(
+        {
+            'id': np.arange(1, len(instances) + 1),
+            'class': [classes[l] for l in instances.labels],
+            'score': scores,
+        }
+    )
     table = pd.concat([who, table.astype({'area': int})], axis=1)
     if pixel_size is None: return table
-    return table.assign(area_um2=table.area * pixel_size**2, **{f'{k}_um': table[k] * pixel_size for k in LENGTHS})
+    return table.assign(
+        area_um2=table.area * pixel_size**2, **{f'{k}_um': table[k] * pixel_size for k in LENGTHS}
+    )
 
 def check_fit(image, instances):
     "The objects must be those of this image"
     if tuple(np.shape(image)[:2]) != tuple(instances.size):
-        raise DataError(f'the image is {np.shape(image)[0]}x{np.shape(image)[1]} pixels but the objects are of one of {instances.size[0]}x{instances.size[1]}; give the image that they were found in')
+        raise DataError(
+            f'the image is {np.shape(image)[0]}x{np.shape(image)[1]} pixels but the objects are '
+            f'of one of {instances.size[0]}x{instances.size[1]}; give the image that they were '
+            f'found in'
+        )
 
 # %% ../nbs/23c_results.ipynb #1d81c1c1
 def write_csv(
@@ -86,10 +136,13 @@ def write_labels(
     path, # .tif to write
     instances, # Instances
 ): # path
-    "A label map as a packed TIFF: the number of the object, as in the csv, or 0; in an overlap the surer object"
+    """A label map as a packed TIFF: the number of the object, as in the csv, or 0; in an overlap
+    the surer object"""
     file = io.BytesIO()
     dtype = np.uint16 if len(instances) < 2**16 else np.uint32
-    tifffile.imwrite(file, instances.label_map().astype(dtype), photometric='minisblack', compression='zlib')
+    tifffile.imwrite(
+        file, instances.label_map().astype(dtype), photometric='minisblack', compression='zlib'
+    )
     write_atomic(path, file.getvalue())
     return Path(path)
 
@@ -98,25 +151,37 @@ def read_labels(
 ): # Instances, all of class 1, in the order of their numbers
     "The objects of a label map"
     try: found = iio.imread(path)
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except Exception as e: raise DataError(f'{path}: the label map cannot be read ({e}); export it again') from None
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except Exception as e:
+        raise DataError(f'{path}: the label map cannot be read ({e}); export it again') from None
     if found.ndim != 2 or found.dtype.kind not in 'ui' or found.min(initial=0) < 0:
-        raise DataError(f'{path}: a label map has one channel of whole numbers, 0 for the ground, but this has shape {found.shape} and type {found.dtype}; export the numbers, not a coloured picture')
+        raise DataError(
+            f'{path}: a label map has one channel of whole numbers, 0 for the ground, but this '
+            f'has shape {found.shape} and type {found.dtype}; export the numbers, not a coloured '
+            f'picture'
+        )
     return Instances.from_label_map(found)
 
 # %% ../nbs/23c_results.ipynb #29d23138
 def rings(
     piece, # (h,w) bool, all of it joined by edges
 ): # list of (n+1,2) int, x and y, closed; the outer ring first, then holes
-    "The outlines of one piece, along the edges of its pixels; outer ring and holes turn in opposite senses"
+    """The outlines of one piece, along the edges of its pixels; outer ring and holes turn in
+    opposite senses"""
     p = np.pad(piece, 1)
     a, b, c, d = p[:-1, :-1], p[:-1, 1:], p[1:, :-1], p[1:, 1:]  # the pixels around each grid point
-    around = ((a, b, c, d, 0, 0), (b, a, d, c, 1, 0), (c, d, a, b, 0, 1), (d, c, b, a, 1, 1))  # a pixel, its neighbours, the one opposite; is it on the right, is it below
-    found = [(*np.nonzero((q != n) & (q != m) & ~(q & o)), right, below) for q, n, m, o, right, below in around]
+    # a pixel, its neighbours, the one opposite; is it on the right, is it below
+    around = ((a, b, c, d, 0, 0), (b, a, d, c, 1, 0), (c, d, a, b, 0, 1), (d, c, b, a, 1, 1))
+    found = [
+        (*np.nonzero((q != n) & (q != m) & ~(q & o)), right, below)
+        for q, n, m, o, right, below in around
+    ]
     y, x, right, below = np.concatenate([np.broadcast_arrays(*f) for f in found], 1)
     by_row, by_column = np.lexsort((right, x, y)), np.lexsort((below, y, x))
     partner = np.empty((2, len(y)), int)
-    for k, order in enumerate((by_row, by_column)): partner[k, order] = order.reshape(-1, 2)[:, ::-1].ravel()
+    for k, order in enumerate((by_row, by_column)):
+        partner[k, order] = order.reshape(-1, 2)[:, ::-1].ravel()
     out = walk(by_row.tolist(), partner.tolist(), np.stack([x, y], 1))
     return out[:1] + [r[::-1] for r in out[1:]]
 
@@ -137,7 +202,13 @@ def walk(
     return out
 
 # %% ../nbs/23c_results.ipynb #8abfd0a0
-PALETTE = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8)
+PALETTE = np.array(
+    [
+        [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0],
+        [204, 121, 167],
+    ],
+    np.uint8,
+)
 
 def short(x): return float(str(x))  # 0.9, where float(np.float32(.9)) is 0.8999999761581421
 
@@ -147,8 +218,14 @@ def geometry(
 ): # dict
     "One object as a Polygon, or a MultiPolygon of its pieces"
     numbers, n = label(crop)
-    polygons = [[(r + np.flip(origin)).tolist() for r in rings(numbers == k)] for k in range(1, n + 1)]
-    return dict(type='Polygon', coordinates=polygons[0]) if n == 1 else dict(type='MultiPolygon', coordinates=polygons)
+    polygons = [
+        [(r + np.flip(origin)).tolist() for r in rings(numbers == k)] for k in range(1, n + 1)
+    ]
+    return (
+        dict(type='Polygon', coordinates=polygons[0])
+        if n == 1
+        else dict(type='MultiPolygon', coordinates=polygons)
+    )
 
 def feature(
     i, # number of the object
@@ -160,8 +237,14 @@ def feature(
     name, area = classes[instances.labels[i - 1]], int(instances.crops[i - 1].sum())
     score = {} if instances.scores is None else dict(score=short(instances.scores[i - 1]))
     colour = PALETTE[(instances.labels[i - 1] - 1) % len(PALETTE)].tolist()
-    return dict(type='Feature', geometry=geometry(instances.crops[i - 1], instances.origins[i - 1]), properties=dict(objectType=kind, name=str(i), classification=dict(name=name, color=colour),
-        measurements=score | dict(area=area), id=i, **{'class': name}, **score, area=area))
+    return dict(
+        type='Feature',
+        geometry=geometry(instances.crops[i - 1], instances.origins[i - 1]),
+        properties=dict(
+            objectType=kind, name=str(i), classification=dict(name=name, color=colour),
+            measurements=score | dict(area=area), id=i, **{'class': name}, **score, area=area
+        ),
+    )
 
 def write_geojson(
     path, # to write
@@ -170,8 +253,15 @@ def write_geojson(
     kind='detection', # or 'annotation', QuPath's objectType
 ): # path
     "Outlines along the edges of the pixels; an object without pixels is left out"
-    features = [feature(i, instances, classes, kind) for i, c in enumerate(instances.crops, 1) if c.any()]
-    write_atomic(path, json.dumps(dict(type='FeatureCollection', features=features), separators=(',', ':')).encode())
+    features = [
+        feature(i, instances, classes, kind) for i, c in enumerate(instances.crops, 1) if c.any()
+    ]
+    write_atomic(
+        path,
+        json.dumps(
+            dict(type='FeatureCollection', features=features), separators=(',', ':')
+        ).encode(),
+    )
     return Path(path)
 
 # %% ../nbs/23c_results.ipynb #3ab327e3
@@ -180,10 +270,13 @@ def fill(
     size, # (H,W) of the image; what lies outside is cut off
 ): # (h,w) bool, its y, its x
     "The pixels whose centres lie inside: an odd number of edges to their left"
-    x1, y1, x2, y2 = np.concatenate([np.hstack([r, np.roll(r, -1, 0)]) for r in outlines]).T  # (e,) each
+    # (e,) each
+    x1, y1, x2, y2 = np.concatenate([np.hstack([r, np.roll(r, -1, 0)]) for r in outlines]).T
     left, top = np.floor(np.clip([x1.min(), y1.min()], 0, size[::-1])).astype(int)
     right, bottom = np.ceil(np.clip([x1.max(), y1.max()], 0, size[::-1])).astype(int)
-    first, last = (np.ceil(f(y1, y2) - .5).clip(top, bottom).astype(int) for f in (np.minimum, np.maximum))
+    first, last = (
+        np.ceil(f(y1, y2) - 0.5).clip(top, bottom).astype(int) for f in (np.minimum, np.maximum)
+    )
     n = last - first  # rows of centres that an edge crosses
     edge = np.repeat(np.arange(len(n)), n)
     row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + first[edge]
@@ -199,11 +292,25 @@ def outlines_of(
 ): # list of (n,2) float
     "All rings of a feature"
     shape = f.get('geometry') if isinstance(f, dict) else None
-    kind, parts = (shape.get('type'), shape.get('coordinates')) if isinstance(shape, dict) else (None, None)
-    if kind not in ('Polygon', 'MultiPolygon'): raise DataError(f'{where} is a {kind or "feature without geometry"}; only Polygon and MultiPolygon cover pixels, take it out')
-    try: out = [np.asarray(r, float)[:, :2] for p in ([parts] if kind == 'Polygon' else parts) for r in p]
+    kind, parts = (
+        (shape.get('type'), shape.get('coordinates')) if isinstance(shape, dict) else (None, None)
+    )
+    if kind not in ('Polygon', 'MultiPolygon'):
+        raise DataError(
+            f'{where} is a {kind or "feature without geometry"}; only Polygon and MultiPolygon '
+            f'cover pixels, take it out'
+        )
+    try:
+        out = [
+            np.asarray(r, float)[:, :2]
+            for p in ([parts] if kind == 'Polygon' else parts)
+            for r in p
+        ]
     except (TypeError, ValueError, IndexError): out = []
-    if not out or not all(len(r) > 2 and abs(r).max() < 1e9 for r in out): raise DataError(f'{where} has coordinates that are no rings of x and y in pixels; export it again')
+    if not out or not all(len(r) > 2 and abs(r).max() < 1e9 for r in out):
+        raise DataError(
+            f'{where} has coordinates that are no rings of x and y in pixels; export it again'
+        )
     return out
 
 def about(
@@ -213,7 +320,9 @@ def about(
     as_dict = lambda x: x if isinstance(x, dict) else {}
     p = as_dict(f.get('properties'))
     score = p.get('score', as_dict(p.get('measurements')).get('score'))
-    return as_dict(p.get('classification')).get('name', p.get('class')), score if isinstance(score, (int, float)) else None
+    return as_dict(p.get('classification')).get('name', p.get('class')), (
+        score if isinstance(score, (int, float)) else None
+    )
 
 # %% ../nbs/23c_results.ipynb #7eab656b
 def load_features(
@@ -221,10 +330,15 @@ def load_features(
 ): # list of features
     "A GeoJSON, its outline checked"
     try: found = json.loads(Path(path).read_bytes())
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except (ValueError, OSError) as e: raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except (ValueError, OSError) as e:
+        raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
     features = found.get('features') if isinstance(found, dict) else found
-    if not isinstance(features, list): raise DataError(f'{path}: this is no GeoJSON, which has a list of features; export it again')
+    if not isinstance(features, list):
+        raise DataError(
+            f'{path}: this is no GeoJSON, which has a list of features; export it again'
+        )
     return features
 
 def read_geojson(
@@ -237,11 +351,19 @@ def read_geojson(
     cuts = [fill(outlines_of(f, f'{path}: feature {i}'), size) for i, f in enumerate(features, 1)]
     names, scores = [about(f)[0] for f in features], [about(f)[1] for f in features]
     unknown = [n for n in names if classes is not None and n not in classes[1:]]
-    if unknown: raise DataError(f'{path}: an object is of class {unknown[0]}, but the classes are {", ".join(classes[1:])}; rename it or add its class')
+    if unknown:
+        raise DataError(
+            f'{path}: an object is of class {unknown[0]}, but the classes are '
+            f'{", ".join(classes[1:])}; rename it or add its class'
+        )
     labels = np.array([1 if classes is None else classes.index(n) for n in names], np.int64)
-    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(-1, 2)
+    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(
+        -1, 2
+    )
     scores = np.array(scores, np.float32) if features and None not in scores else None
-    return Instances(tuple(size), crop_boxes(crops, origins), labels, crops, origins, scores).window(0, 0, *size)
+    return Instances(
+        tuple(size), crop_boxes(crops, origins), labels, crops, origins, scores
+    ).window(0, 0, *size)
 
 # %% ../nbs/23c_results.ipynb #d87b943a
 def unique_names(
@@ -261,10 +383,24 @@ def to_coco(
     classes, # names, 'background' first
 ): # dict in COCO's layout, with scores
     "What was found as a COCO json"
-    images = [dict(id=i, file_name=Path(paths[n]).name, height=int(f.size[0]), width=int(f.size[1])) for i, (n, f) in enumerate(found.items(), 1)]
-    rows = [dict(image_id=i, category_id=int(l), **({} if f.scores is None else dict(score=short(f.scores[j]))), bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
-            segmentation=rle, area=int(c.sum()), iscrowd=0) for i, f in enumerate(found.values(), 1) for j, (l, b, rle, c) in enumerate(zip(f.labels, f.boxes, f.rles(), f.crops))]
-    return dict(images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)], categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])
+    images = [
+        dict(id=i, file_name=Path(paths[n]).name, height=int(f.size[0]), width=int(f.size[1]))
+        for i, (n, f) in enumerate(found.items(), 1)
+    ]
+    rows = [
+        dict(
+            image_id=i, category_id=int(l),
+            **({} if f.scores is None else dict(score=short(f.scores[j]))),
+            bbox=[round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))], segmentation=rle,
+            area=int(c.sum()), iscrowd=0
+        )
+        for i, f in enumerate(found.values(), 1)
+        for j, (l, b, rle, c) in enumerate(zip(f.labels, f.boxes, f.rles(), f.crops))
+    ]
+    return dict(
+        images=images, annotations=[dict(id=i, **r) for i, r in enumerate(rows, 1)],
+        categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i],
+    )
 
 # %% ../nbs/23c_results.ipynb #45c3bb80
 def from_runs(
@@ -292,10 +428,17 @@ def from_coco(
     by_id(path, found['annotations'], 'annotation', ['image_id', 'category_id', 'segmentation'])
     objects = {i: [] for i in rows}
     for a in found['annotations']:
-        if a['image_id'] not in rows or a['category_id'] not in kinds: raise DataError(f"{path}: annotation {a['id']} is of an image or a category that is not in the lists; add it or remove the annotation")
+        if a['image_id'] not in rows or a['category_id'] not in kinds:
+            raise DataError(
+                f"{path}: annotation {a['id']} is of an image or a category that is not in the "
+                f"lists; add it or remove the annotation"
+            )
         if not a.get('iscrowd'): objects[a['image_id']].append(a)
     names = unique_names(r['file_name'] for r in rows.values())
-    return {n: coco_instances(r, objects[i], sorted(kinds), path) for n, (i, r) in zip(names, rows.items())}, ['background', *(kinds[k]['name'] for k in sorted(kinds))]
+    return {
+        n: coco_instances(r, objects[i], sorted(kinds), path)
+        for n, (i, r) in zip(names, rows.items())
+    }, ['background', *(kinds[k]['name'] for k in sorted(kinds))]
 
 def coco_instances(
     image, # its row in the json
@@ -307,15 +450,27 @@ def coco_instances(
     size, cuts = (image['height'], image['width']), []
     for a in annotations:
         where = f"{path}: annotation {a['id']}"
-        try: cuts.append(from_runs(unpack_counts(coco_rle(a['segmentation'], size, where)['counts'].decode()), size))
+        try:
+            cuts.append(
+                from_runs(
+                    unpack_counts(coco_rle(a['segmentation'], size, where)['counts'].decode()), size
+                )
+            )
         except DataError: raise
-        except (ValueError, TypeError, KeyError, AttributeError) as e: raise DataError(f'{where}: the mask cannot be decoded ({e}); export it again') from None
-    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(-1, 2)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise DataError(f'{where}: the mask cannot be decoded ({e}); export it again') from None
+    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(
+        -1, 2
+    )
     boxes, scores = crop_boxes(crops, origins), [a.get('score') for a in annotations]
     for box, a in zip(boxes, annotations):
-        if four_numbers(a.get('bbox')): box[:] = *a['bbox'][:2], *np.add(a['bbox'][:2], a['bbox'][2:])
+        if four_numbers(a.get('bbox')):
+            box[:] = *a['bbox'][:2], *np.add(a['bbox'][:2], a['bbox'][2:])
     labels = np.array([ids.index(a['category_id']) + 1 for a in annotations], np.int64)
-    return Instances(size, boxes, labels, crops, origins, np.array(scores, np.float32) if scores and None not in scores else None)
+    return Instances(
+        size, boxes, labels, crops, origins,
+        np.array(scores, np.float32) if scores and None not in scores else None,
+    )
 
 # %% ../nbs/23c_results.ipynb #1bb9ab1d
 def read_submission(
@@ -324,14 +479,27 @@ def read_submission(
 ): # dict name -> Instances, all of class 1
     "The masks of Kaggle's csv"
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except ValueError as e: raise DataError(f'{path}: this is not a readable csv ({e}); export it again') from None
-    if list(table.columns) != ['ImageId', 'EncodedPixels']: raise DataError(f'{path}: the first line must be ImageId,EncodedPixels')
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except ValueError as e:
+        raise DataError(f'{path}: this is not a readable csv ({e}); export it again') from None
+    if list(table.columns) != ['ImageId', 'EncodedPixels']:
+        raise DataError(f'{path}: the first line must be ImageId,EncodedPixels')
     missing = [n for n in table.ImageId if n not in sizes]
-    if missing: raise DataError(f'{path}: the size of the image {missing[0]} is not known; add it to sizes')
-    cuts = {n: [tight(rle_decode(text, sizes[n])) for text in rows if text] for n, rows in table.groupby('ImageId', sort=False).EncodedPixels}
-    crops = {n: ([c for c, _, _ in cut], np.array([o for _, *o in cut], np.int64).reshape(-1, 2)) for n, cut in cuts.items()}
-    return {n: Instances(tuple(sizes[n]), crop_boxes(c, o), np.ones(len(c), np.int64), c, o) for n, (c, o) in crops.items()}
+    if missing:
+        raise DataError(f'{path}: the size of the image {missing[0]} is not known; add it to sizes')
+    cuts = {
+        n: [tight(rle_decode(text, sizes[n])) for text in rows if text]
+        for n, rows in table.groupby('ImageId', sort=False).EncodedPixels
+    }
+    crops = {
+        n: ([c for c, _, _ in cut], np.array([o for _, *o in cut], np.int64).reshape(-1, 2))
+        for n, cut in cuts.items()
+    }
+    return {
+        n: Instances(tuple(sizes[n]), crop_boxes(c, o), np.ones(len(c), np.int64), c, o)
+        for n, (c, o) in crops.items()
+    }
 
 # %% ../nbs/23c_results.ipynb #0bf0b4b2
 def neighbours(
@@ -341,7 +509,10 @@ def neighbours(
     "Pairs of objects with pixels that close to each other"
     (H, W), found = label_map.shape, [np.zeros((0, 2), int)]
     for dy, dx in itertools.product(range(reach + 1), range(-reach, reach + 1)):
-        a, b = label_map[:H - dy, max(-dx, 0):max(W - max(dx, 0), 0)], label_map[dy:, max(dx, 0):max(W + min(dx, 0), 0)]
+        a, b = (
+            label_map[: H - dy, max(-dx, 0) : max(W - max(dx, 0), 0)],
+            label_map[dy:, max(dx, 0) : max(W + min(dx, 0), 0)],
+        )
         if (dy, dx) > (0, 0) and a.size:
             meet = (a != b) & (a > 0) & (b > 0)
             found.append(np.stack([a[meet], b[meet]], 1) - 1)
@@ -383,13 +554,18 @@ def overlay(
     inside = label_map > 0
     out[inside] = ((1 - alpha) * out[inside] + alpha * colours[label_map[inside] - 1]).round()
     for crop, (y, x), colour in zip(instances.crops, instances.origins, colours):
-        out[y:y + crop.shape[0], x:x + crop.shape[1]][crop & ~binary_erosion(crop, iterations=width)] = colour
+        out[y : y + crop.shape[0], x : x + crop.shape[1]][
+            crop & ~binary_erosion(crop, iterations=width)
+        ] = colour
     return out if classes is None else write_names(out, instances, classes, colours)
 
 def check_picture(image, instances):
     "What is drawn upon must be for the eye"
     if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f'a picture to draw upon is (H,W,3) and uint8, not {np.shape(image)} and {image.dtype}; make one of the channels, and give the others to measurements')
+        raise DataError(
+            f'a picture to draw upon is (H,W,3) and uint8, not {np.shape(image)} and '
+            f'{image.dtype}; make one of the channels, and give the others to measurements'
+        )
     check_fit(image, instances)
 
 def write_names(
@@ -402,7 +578,12 @@ def write_names(
     im, font = Image.fromarray(picture), ImageFont.load_default(10)
     draw = ImageDraw.Draw(im)
     for i, (x1, y1, x2, y2) in enumerate(instances.boxes.tolist()):
-        text = ' '.join([classes[instances.labels[i]], *([] if instances.scores is None else [f'{instances.scores[i]:.2f}'])])
+        text = ' '.join(
+            [
+                classes[instances.labels[i]],
+                *([] if instances.scores is None else [f'{instances.scores[i]:.2f}']),
+            ]
+        )
         box = draw.textbbox((max(x1, 0), max(y1, 0)), text, font)
         if box[2] - box[0] > 1.5 * (x2 - x1): continue
         draw.rectangle(box, fill=tuple(colours[i].tolist()))
@@ -425,7 +606,10 @@ PICTURES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 def check_film(path):
     "Can this machine read and write such a film?"
     if path.suffix.lower() in FILMS and not importlib.util.find_spec('imageio_ffmpeg'):
-        raise DataError(f'{path}: films of this kind need ffmpeg; run pip install imageio-ffmpeg, or take .gif, .tif or a folder of pictures')
+        raise DataError(
+            f'{path}: films of this kind need ffmpeg; run pip install imageio-ffmpeg, or take '
+            f'.gif, .tif or a folder of pictures'
+        )
 
 def read_frames(
     path, # film, GIF, stack of TIFF, or folder of pictures
@@ -434,15 +618,20 @@ def read_frames(
     check_film(path := Path(path))
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-        if not files: raise DataError(f'{path}: no pictures in this folder; they end in {" ".join(PICTURES)}')
+        if not files:
+            raise DataError(f'{path}: no pictures in this folder; they end in {" ".join(PICTURES)}')
         yield from map(read_image, files)
         return
     try:
-        if path.suffix.lower() not in ('.tif', '.tiff'): yield from (rgb(Image.fromarray(f)) for f in iio.imiter(path))
+        if path.suffix.lower() not in ('.tif', '.tiff'):
+            yield from (rgb(Image.fromarray(f)) for f in iio.imiter(path))
         else:
-            with tifffile.TiffFile(path) as t: yield from (rgb(Image.fromarray(p.asarray())) for p in t.pages)
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except Exception as e: raise DataError(f'{path}: the film cannot be read ({e}); export it again') from None
+            with tifffile.TiffFile(path) as t:
+                yield from (rgb(Image.fromarray(p.asarray())) for p in t.pages)
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except Exception as e:
+        raise DataError(f'{path}: the film cannot be read ({e}); export it again') from None
 
 def frame_rate(path): # frames a second
     "As the film says, else 10"
@@ -467,18 +656,34 @@ def frame_writer(
     path, # .gif, .tif, a film, or a folder
     fps, # frames a second
 ): # function that takes a frame
-    "Frames into a file that is there whole or not at all, or into a folder as 00000.png, 00001.png …"
+    """Frames into a file that is there whole or not at all, or into a folder as 00000.png,
+    00001.png …"""
     check_film(path := Path(path))
     kind = path.suffix.lower()
-    if not kind: yield lambda frame, n=itertools.count(): write_png(path/f'{next(n):05d}.png', frame)
-    elif kind not in (*FILMS, '.gif', '.tif', '.tiff'): raise DataError(f'{path}: not a kind of film that is known; take .gif, .tif, {", ".join(FILMS)}, or a folder')
+    if not kind:
+        yield lambda frame, n=itertools.count(): write_png(path/f'{next(n):05d}.png', frame)
+    elif kind not in (*FILMS, '.gif', '.tif', '.tiff'):
+        raise DataError(
+            f'{path}: not a kind of film that is known; take .gif, .tif, {", ".join(FILMS)}, or a '
+            f'folder'
+        )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'.{path.stem}.{os.getpid()}{kind}')
         try:
             if kind in FILMS: film = imageio.get_writer(part, fps=fps, macro_block_size=2)
-            else: film = imageio.get_writer(part, duration=1000 / fps, loop=0) if kind == '.gif' else tifffile.TiffWriter(part)
-            with film: yield film.append_data if kind not in ('.tif', '.tiff') else lambda frame: film.write(frame, photometric='rgb', compression='zlib')
+            else:
+                film = (
+                    imageio.get_writer(part, duration=1000 / fps, loop=0)
+                    if kind == '.gif'
+                    else tifffile.TiffWriter(part)
+                )
+            with film:
+                yield (
+                    film.append_data
+                    if kind not in ('.tif', '.tiff')
+                    else lambda frame: film.write(frame, photometric='rgb', compression='zlib')
+                )
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
@@ -514,8 +719,13 @@ def read_pixels(
 ): # (H,W) or (H,W,C), any kind of number
     "The pixels as they are stored, to measure on"
     try: pixels = iio.imread(path)
-    except Exception as e: raise DataError(f'{path}: the pixels cannot be read as they are stored ({e}); save the picture without compression, or leave out the csv') from None
-    channels_first = pixels.shape[:2] != tuple(size) == pixels.shape[-2:]  # as microscopes write them
+    except Exception as e:
+        raise DataError(
+            f'{path}: the pixels cannot be read as they are stored ({e}); save the picture '
+            f'without compression, or leave out the csv'
+        ) from None
+    # as microscopes write them
+    channels_first = pixels.shape[:2] != tuple(size) == pixels.shape[-2:]
     return np.moveaxis(pixels.reshape(-1, *size), 0, -1) if channels_first else pixels
 
 def write_results(
@@ -530,9 +740,19 @@ def write_results(
 ): # list of paths
     "The files of one picture; coco and submission are for all pictures, see `write_together`"
     place = lambda end: Path(out)/f'{name}{end}'
-    def table(): return measurements(image if intensity is None else intensity, instances, classes, pixel_size).assign(image=name)
-    writers = {Format.overlay: lambda: write_png(place('_overlay.png'), overlay(image, instances, classes)), Format.splash: lambda: write_png(place('_splash.png'), colour_splash(image, instances)),
-        Format.labels: lambda: write_labels(place('_labels.tif'), instances), Format.csv: lambda: write_csv(place('.csv'), table()), Format.geojson: lambda: write_geojson(place('.geojson'), instances, classes)}
+    def table():
+        return measurements(
+            image if intensity is None else intensity, instances, classes, pixel_size
+        ).assign(image=name)
+    writers = {
+        Format.overlay: lambda: write_png(
+            place('_overlay.png'), overlay(image, instances, classes)
+        ),
+        Format.splash: lambda: write_png(place('_splash.png'), colour_splash(image, instances)),
+        Format.labels: lambda: write_labels(place('_labels.tif'), instances),
+        Format.csv: lambda: write_csv(place('.csv'), table()),
+        Format.geojson: lambda: write_geojson(place('.geojson'), instances, classes),
+    }
     return [writers[f]() for f in map(Format, formats) if f in writers]
 
 def write_together(
@@ -544,6 +764,11 @@ def write_together(
 ): # list of paths
     "The files of all pictures together: instances.json and submission.csv"
     out, formats = Path(out), [Format(f) for f in formats]
-    if Format.coco in formats: write_atomic(out/'instances.json', json.dumps(to_coco(found, paths, classes)).encode())
+    if Format.coco in formats:
+        write_atomic(out/'instances.json', json.dumps(to_coco(found, paths, classes)).encode())
     if Format.submission in formats: submission_csv(out/'submission.csv', found)
-    return [out/n for f, n in ((Format.coco, 'instances.json'), (Format.submission, 'submission.csv')) if f in formats]
+    return [
+        out / n
+        for f, n in ((Format.coco, 'instances.json'), (Format.submission, 'submission.csv'))
+        if f in formats
+    ]

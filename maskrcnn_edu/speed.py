@@ -17,14 +17,24 @@ from torchvision.ops import FrozenBatchNorm2d
 from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/23f_speed.ipynb #23f0000d
-KINDS = {'convolutions': ('convolution',), 'norms': ('batch_norm', 'native_group_norm'), 'ROIAlign': ('roi_align',), 'NMS': ('nms',), 'optimiser': ('adam', 'lerp', 'addcdiv', 'addcmul', 'sqrt', 'Optimizer'),
-         'fully connected': ('aten::mm', 'addmm', 'bmm'), 'ReLU and pooling': ('threshold', 'clamp_min', 'relu', 'max_pool'), 'copies': ('copy_', 'fill_', 'clone', 'zero_', 'index', 'gather', 'scatter', 'cat', 'masked')}
+KINDS = {
+    'convolutions': ('convolution',),
+    'norms': ('batch_norm', 'native_group_norm'),
+    'ROIAlign': ('roi_align',),
+    'NMS': ('nms',),
+    'optimiser': ('adam', 'lerp', 'addcdiv', 'addcmul', 'sqrt', 'Optimizer'),
+    'fully connected': ('aten::mm', 'addmm', 'bmm'),
+    'ReLU and pooling': ('threshold', 'clamp_min', 'relu', 'max_pool'),
+    'copies': ('copy_', 'fill_', 'clone', 'zero_', 'index', 'gather', 'scatter', 'cat', 'masked'),
+}
 
 
 def kind_of(
     name: str,   # of an operation
 ) -> str:        # of `KINDS`, or 'the rest'
-    return next((kind for kind, parts in KINDS.items() if any(p in name for p in parts)), 'the rest')
+    return next(
+        (kind for kind, parts in KINDS.items() if any(p in name for p in parts)), 'the rest'
+    )
 
 
 def profile_step(
@@ -45,13 +55,15 @@ def profile_step(
     return table.assign(share=table.ms / table.ms.sum())
 
 # %% ../nbs/23f_speed.ipynb #d0f1c917
-PAIRS = ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1')    # '0', '1': of the shortcut
+# '0', '1': of the shortcut
+PAIRS = ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1')
 
 
 def fold_norms(
     module: nn.Module,  # a ResNet, or a model with one in it
 ) -> nn.Module:         # a copy in eval mode, for prediction alone: it would learn otherwise
-    "Batch norms and frozen norms become part of the convolution before them, with the same answers."
+    """Batch norms and frozen norms become part of the convolution before them, with the same
+    answers."""
     module = copy.deepcopy(module).eval()
     for m in module.modules():
         for conv, norm in PAIRS:
@@ -66,7 +78,8 @@ def alternate(
     functions,            # of no argument
     runs=7,               # of each, after one that is not counted
 ) -> list[float]:         # median seconds of each
-    "Time functions in turns, so that all meet the same machine: what else it does now, how warm it is."
+    """Time functions in turns, so that all meet the same machine: what else it does now, how warm
+    it is."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = [[] for _ in functions]
     for run in range(runs + 1):
@@ -80,11 +93,16 @@ def alternate(
 
 # %% ../nbs/23f_speed.ipynb #23f00019
 class Replay:
-    "A function of tensors as one CUDA graph: recorded once, then started as a whole; on a CPU simply the function."
+    """A function of tensors as one CUDA graph: recorded once, then started as a whole; on a CPU
+    simply the function."""
     def __init__(self,
-        f,              # of tensors of fixed shapes to a tensor or a tuple of them; it may train: backward and the step of an optimiser with `capturable=True` included
+        # of tensors of fixed shapes to a tensor or a tuple of them; it may train:
+        # backward and the step of an optimiser with `capturable=True` included
+        f,
         *inputs,        # examples
-        warm_up=3,      # calls before the recording: libraries choose their ways, optimisers make their state
+        # calls before the recording: libraries choose their ways, optimisers make their
+        # state
+        warm_up=3,
     ):
         self.f, self.inputs, self.graph = f, [x.clone() for x in inputs], None
         if not all(x.is_cuda for x in inputs): return
@@ -99,7 +117,12 @@ class Replay:
     def __call__(self, *inputs):   # on a GPU the same tensors at each call: copy what is to be kept
         "The answer for other tensors of the same shapes."
         for i, (mine, x) in enumerate(zip(self.inputs, inputs, strict=True)):
-            if (mine.shape, mine.dtype, mine.device) != (x.shape, x.dtype, x.device): raise ValueError(f'Replay: input {i} is {tuple(x.shape)} {x.dtype} on {x.device}, but what was recorded is {tuple(mine.shape)} {mine.dtype} on {mine.device}; record another one for it.')
+            if (mine.shape, mine.dtype, mine.device) != (x.shape, x.dtype, x.device):
+                raise ValueError(
+                    f'Replay: input {i} is {tuple(x.shape)} {x.dtype} on {x.device}, but what was '
+                    f'recorded is {tuple(mine.shape)} {mine.dtype} on {mine.device}; record '
+                    f'another one for it.'
+                )
         if self.graph is None: return self.f(*inputs)
         for mine, x in zip(self.inputs, inputs): mine.copy_(x)
         self.graph.replay()

@@ -49,8 +49,16 @@ def tile_grid(
     overlap=128,  # pixels that neighbours share, at least
 ) -> list:        # of Tile
     "The tiles of a picture"
-    if not 0 < overlap < tile: raise DataError(f'overlap={overlap}: neighbours must share at least one pixel and less than a whole tile of {tile}; take a quarter of it.')
-    return [Tile((y1, x1, y2, x2), (top, left, bottom, right)) for y1, y2, top, bottom in cuts(size[0], tile, overlap) for x1, x2, left, right in cuts(size[1], tile, overlap)]
+    if not 0 < overlap < tile:
+        raise DataError(
+            f'overlap={overlap}: neighbours must share at least one pixel and less than a whole '
+            f'tile of {tile}; take a quarter of it.'
+        )
+    return [
+        Tile((y1, x1, y2, x2), (top, left, bottom, right))
+        for y1, y2, top, bottom in cuts(size[0], tile, overlap)
+        for x1, x2, left, right in cuts(size[1], tile, overlap)
+    ]
 
 # %% ../nbs/23b_tiles.ipynb #7115000d
 def placed(
@@ -62,21 +70,34 @@ def placed(
     y, x = tile.box[:2]
     trimmed = [tight(c) for c in found.crops]
     inside = np.array([t[1:] for t in trimmed], np.int64).reshape(-1, 2)
-    return replace(found, size=tuple(size), boxes=found.boxes + np.float32([x, y, x, y]), crops=[t[0] for t in trimmed], origins=found.origins + inside + (y, x))
+    return replace(
+        found, size=tuple(size), boxes=found.boxes + np.float32([x, y, x, y]),
+        crops=[t[0] for t in trimmed], origins=found.origins + inside + (y, x),
+    )
 
 def gather(
     parts,   # list of Instances of one picture, at least one
 ) -> tuple:  # Instances, (n,) the part that each came from
     "All of them in one"
     column = lambda name: np.concatenate([getattr(p, name) for p in parts])
-    everything = replace(parts[0], crops=[c for p in parts for c in p.crops], origins=column('origins').astype(np.int64), **{k: column(k) for k in ('boxes', 'labels', 'scores')})
+    everything = replace(
+        parts[0], crops=[c for p in parts for c in p.crops],
+        origins=column('origins').astype(np.int64),
+        **{k: column(k) for k in ('boxes', 'labels', 'scores')}
+    )
     return everything, np.repeat(np.arange(len(parts)), [len(p) for p in parts])
 
 def extents(
     found: Instances,
 ) -> np.ndarray:  # (n, 4) y1, x1, y2, x2
     "The rectangle that holds the pixels of each mask"
-    return np.concatenate([found.origins, found.origins + np.array([c.shape for c in found.crops], np.int64).reshape(-1, 2)], 1)
+    return np.concatenate(
+        [
+            found.origins,
+            found.origins + np.array([c.shape for c in found.crops], np.int64).reshape(-1, 2),
+        ],
+        1,
+    )
 
 # %% ../nbs/23b_tiles.ipynb #71150011
 def is_mine(
@@ -129,8 +150,20 @@ def shared(
 ) -> np.ndarray:   # (m,)
     "Pixels that both masks of a pair have"
     where = extents(found)
-    both = np.concatenate([np.maximum(*where[pairs.T, :2]), np.minimum(*where[pairs.T, 2:])], 1).tolist() if len(pairs) else []
-    return np.array([np.count_nonzero(seen(found, i, *r) & seen(found, j, *r)) for (i, j), r in zip(pairs, both)], int)
+    both = (
+        np.concatenate(
+            [np.maximum(*where[pairs.T, :2]), np.minimum(*where[pairs.T, 2:])], 1
+        ).tolist()
+        if len(pairs)
+        else []
+    )
+    return np.array(
+        [
+            np.count_nonzero(seen(found, i, *r) & seen(found, j, *r))
+            for (i, j), r in zip(pairs, both)
+        ],
+        int,
+    )
 
 # %% ../nbs/23b_tiles.ipynb #71150019
 def keep_best(
@@ -165,7 +198,8 @@ def overlaid(
     where = extents(found)[members]
     (y, x), (y2, x2) = where[:, :2].min(0), where[:, 2:].max(0)
     canvas = np.zeros((y2 - y, x2 - x), np.float32)
-    for i, w, (t, l, b, r) in zip(members, weights, where - (y, x, y, x)): canvas[t:b, l:r] += w * found.crops[i]
+    for i, w, (t, l, b, r) in zip(members, weights, where - (y, x, y, x)):
+        canvas[t:b, l:r] += w * found.crops[i]
     return canvas, y, x
 
 def unite(
@@ -176,8 +210,13 @@ def unite(
     if not groups: return found[[]]
     first = found[[max(g, key=lambda i: found.scores[i]) for g in groups]]
     masks = [overlaid(found, g, [1] * len(g)) for g in groups]
-    boxes = np.array([[*found.boxes[g, :2].min(0), *found.boxes[g, 2:].max(0)] for g in groups], np.float32)
-    return replace(first, boxes=boxes, crops=[m > 0 for m, _, _ in masks], origins=np.array([o for _, *o in masks], np.int64))
+    boxes = np.array(
+        [[*found.boxes[g, :2].min(0), *found.boxes[g, 2:].max(0)] for g in groups], np.float32
+    )
+    return replace(
+        first, boxes=boxes, crops=[m > 0 for m, _, _ in masks],
+        origins=np.array([o for _, *o in masks], np.int64),
+    )
 
 def connected(
     loose,      # (k,) indices of finds
@@ -197,12 +236,17 @@ def cut_finds(
     loose,          # (n,) bool: cut, and part of no whole find
     pairs, common,  # (m, 2) of one class, (m,) pixels that they share
     boxes,          # (n, 4) of the tile of each
-    same=.5,        # share of the smaller one, where both tiles can see, that two parts of one object have in common
+    # share of the smaller one, where both tiles can see, that two parts of one object have in
+    # common
+    same=.5,
 ) -> list:          # of lists of indices
     "Which cut finds are parts of one object"
     both = loose[pairs].all(1)
     pairs, common = pairs[both], common[both]
-    there = np.array([min(seen(found, i, *boxes[j]).sum(), seen(found, j, *boxes[i]).sum()) for i, j in pairs], int)
+    there = np.array(
+        [min(seen(found, i, *boxes[j]).sum(), seen(found, j, *boxes[i]).sum()) for i, j in pairs],
+        int,
+    )
     return connected(np.flatnonzero(loose), pairs[common >= same * there])
 
 def looked_behind(
@@ -228,10 +272,22 @@ def merge(
     common = shared(found, pairs)
     pairs, common = pairs[common > 0], common[common > 0]
     alike = found.labels[pairs[:, 0]] == found.labels[pairs[:, 1]]
-    kept, loose = whole_finds(found, mine, cut, pairs[alike & (common >= same * area[pairs].min(1))]), cut.copy()
-    for i, j in (pairs.T, pairs.T[::-1]): loose[i[kept[j] & cut[i] & (common >= same * area[i])]] = False   # part of a whole find
+    kept, loose = (
+        whole_finds(found, mine, cut, pairs[alike & (common >= same * area[pairs].min(1))]),
+        cut.copy(),
+    )
+    # part of a whole find
+    for i, j in (pairs.T, pairs.T[::-1]):
+        loose[i[kept[j] & cut[i] & (common >= same * area[i])]] = False
     groups = cut_finds(found, loose, pairs[alike], common[alike], boxes, same)
-    merged, _ = gather([found[kept], unite(found, [g for g in groups if mine[g].any() or looked_behind(borders[g], boxes[g])])])
+    merged, _ = gather(
+        [
+            found[kept],
+            unite(
+                found, [g for g in groups if mine[g].any() or looked_behind(borders[g], boxes[g])]
+            ),
+        ]
+    )
     return merged[np.argsort(-merged.scores, kind='stable')]
 
 # %% ../nbs/23b_tiles.ipynb #71150026
@@ -244,7 +300,12 @@ def picture_levels(
     step = max(2, math.ceil(math.sqrt(image.shape[0] * image.shape[1] / most)))
     rows = max(1, 256 // step) * step
     one_by_one = image.ndim == 3 and image.shape[2] != 3   # dyes, each with levels of its own
-    some = [np.asarray(image[y:y + rows, :])[::step, ::step].reshape(-1, image.shape[2] if one_by_one else 1) for y in range(0, image.shape[0], rows)]
+    some = [
+        np.asarray(image[y : y + rows, :])[::step, ::step].reshape(
+            -1, image.shape[2] if one_by_one else 1
+        )
+        for y in range(0, image.shape[0], rows)
+    ]
     levels = np.percentile(np.concatenate(some), percentiles, axis=0)   # (2, C) or (2, 1)
     return tuple(levels if one_by_one else levels[:, 0].tolist())
 
@@ -261,24 +322,31 @@ def piece_of(
     return piece if levels is None else stretch(piece, levels=levels)
 
 def release():
-    "Freed memory back to the system; glibc keeps it otherwise, in pieces that the next tile does not fit into, and more with each tile"
+    """Freed memory back to the system; glibc keeps it otherwise, in pieces that the next tile does
+    not fit into, and more with each tile"""
     try: ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError): pass   # another C library
 
 def predict_tiled(
     model,
-    image,                      # (H, W) or (H, W, C): array, memmap or `open_picture`; only what a tile needs is read
+    # (H, W) or (H, W, C): array, memmap or `open_picture`; only what a tile needs is read
+    image,
     tile=512,                   # pixels of the picture along the side of a tile
-    overlap=128,                # pixels that neighbours share, at least; more than most objects are wide
+    # pixels that neighbours share, at least; more than most objects are wide
+    overlap=128,
     min_score=0.,               # less sure than this is left out
     predict=predict_instances,  # predict(model, piece) -> Instances with scores
     progress=iter,              # wraps the list of tiles, such as fastprogress.progress_bar
 ) -> Instances:                 # in pixels of the picture, best score first
     "The objects in a picture of any size"
-    if image.ndim not in (2, 3) or 0 in image.shape: raise DataError(f'image: a picture is (H, W) or (H, W, C), with pixels in it, not {tuple(image.shape)}.')
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise DataError(
+            f'image: a picture is (H, W) or (H, W, C), with pixels in it, not {tuple(image.shape)}.'
+        )
     size, grid = tuple(image.shape[:2]), tile_grid(image.shape[:2], tile, overlap)
     stretches = getattr(getattr(model, 'config', None), 'stretch', False)
-    deep = None if stretches or image.dtype == np.uint8 else picture_levels(image, (.1, 99.9))   # as `to_uint8` has it
+    # as `to_uint8` has it
+    deep = None if stretches or image.dtype == np.uint8 else picture_levels(image, (.1, 99.9))
     known = dict(levels=picture_levels(image)) if stretches and len(grid) > 1 else {}
     def sure(t):
         found = predict(model, piece_of(image, t, deep), **known)
@@ -301,12 +369,17 @@ class TiffPicture:
         if self.page.ndim == 3: self.shape = (*self.shape[:2], self.shape[2] - alpha)
         self.ndim = len(self.shape)
         self.unit = self.page.chunks[:2]   # height and width of a strip or tile
-        self.unpack = lru_cache(max(1, 2**26 // int(np.prod(self.page.chunks)) // self.dtype.itemsize))(self.segment)
+        self.unpack = lru_cache(
+            max(1, 2**26 // int(np.prod(self.page.chunks)) // self.dtype.itemsize)
+        )(self.segment)
 
     def segment(self, i):  # (h, w, C)
         "Strip or tile `i`"
         self.file.filehandle.seek(self.page.dataoffsets[i])
-        return self.page.decode(self.file.filehandle.read(self.page.databytecounts[i]), i, jpegtables=self.page.jpegtables)[0][0]
+        return self.page.decode(
+            self.file.filehandle.read(self.page.databytecounts[i]), i,
+            jpegtables=self.page.jpegtables,
+        )[0][0]
 
     def __getitem__(self, where):
         (y1, y2, step), (x1, x2, _) = (s.indices(n) for s, n in zip(where, self.shape))
@@ -314,17 +387,24 @@ class TiffPicture:
         out = np.empty((y2 - y1, x2 - x1, self.page.samplesperpixel), self.dtype)
         for r in range(y1 // h, -(-y2 // h)):
             for c in range(x1 // w, -(-x2 // w)):
-                top, left, bottom, right = max(y1, r * h), max(x1, c * w), min(y2, r * h + h), min(x2, c * w + w)
-                out[top - y1:bottom - y1, left - x1:right - x1] = self.unpack(r * across + c)[top - r * h:bottom - r * h, left - c * w:right - c * w]
+                top, left, bottom, right = (
+                    max(y1, r * h), max(x1, c * w), min(y2, r * h + h), min(x2, c * w + w),
+                )
+                out[top - y1 : bottom - y1, left - x1 : right - x1] = self.unpack(r * across + c)[
+                    top - r * h : bottom - r * h, left - c * w : right - c * w
+                ]
         return out[..., 0] if self.ndim == 2 else out[..., :self.shape[2]]
 
 def lazy_tiff(path):  # array of which pixels are read when asked for; None if that cannot be
     "A TIFF on the disk"
     with tifffile.TiffFile(path) as f:
         page, stack = f.pages[0], f.series[0]
-        if stack.ndim > page.ndim: return None   # channels one after the other, or a stack: `read_image` tells which
-        if page.axes not in ('YX', 'YXS') or page.photometric.name not in ('MINISBLACK', 'RGB'): return None
-        if page.is_memmappable and not page.extrasamples: return tifffile.memmap(path, page=0, mode='r')
+        # channels one after the other, or a stack: `read_image` tells which
+        if stack.ndim > page.ndim: return None
+        if page.axes not in ('YX', 'YXS') or page.photometric.name not in ('MINISBLACK', 'RGB'):
+            return None
+        if page.is_memmappable and not page.extrasamples:
+            return tifffile.memmap(path, page=0, mode='r')
     picture = TiffPicture(path)
     picture.segment(0)
     return picture
@@ -337,14 +417,17 @@ def open_picture(
     if not path.exists(): raise DataError(f'{path}: the image is missing; check the path.')
     try:
         if path.suffix.lower() == '.npy': return np.load(path, mmap_mode='r')
-        if path.suffix.lower() in ('.tif', '.tiff') and (picture := lazy_tiff(path)) is not None: return picture
+        if path.suffix.lower() in ('.tif', '.tiff') and (picture := lazy_tiff(path)) is not None:
+            return picture
     except DataError: raise
-    except Exception as e:   # a damaged file, or one packed in a way that tifffile needs another package for
-        if path.suffix.lower() == '.npy': raise DataError(f'{path}: the array cannot be read ({e}); save it again.') from None
+    except Exception as e:   # a damaged file, or one that tifffile needs another package for
+        if path.suffix.lower() == '.npy':
+            raise DataError(f'{path}: the array cannot be read ({e}); save it again.') from None
     return read_image(path)
 
 # %% ../nbs/23b_tiles.ipynb #71150033
-VIEWS = tuple((quarter, mirror) for quarter in range(4) for mirror in (False, True))   # the eight ways to lay a square on itself
+# the eight ways to lay a square on itself
+VIEWS = tuple((quarter, mirror) for quarter in range(4) for mirror in (False, True))
 TURNS = VIEWS[::2]   # the four that do not mirror
 
 def turn_back(
@@ -354,7 +437,8 @@ def turn_back(
 ) -> Instances:
     "What was found in a turned picture, in the picture as it was"
     nothing = np.empty((*found.size, 0))
-    return turn(nothing, found, quarter if mirror else -quarter % 4, mirror)[1]   # a mirrored turn undoes itself
+    # a mirrored turn undoes itself
+    return turn(nothing, found, quarter if mirror else -quarter % 4, mirror)[1]
 
 def same_finds(
     order,         # of the n finds, best first
@@ -364,7 +448,8 @@ def same_finds(
 ) -> list:         # of lists of indices, best first
     "Each find with its best partner in every other look, if that is not taken"
     partners, taken, groups = defaultdict(list), set(), []
-    for (i, j), v in zip(pairs.tolist(), iou): partners[i].append((v, j)), partners[j].append((v, i))
+    for (i, j), v in zip(pairs.tolist(), iou):
+        partners[i].append((v, j)), partners[j].append((v, i))
     for i in map(int, order):
         if i in taken: continue
         best = {view[j]: j for _, j in sorted(partners[i]) if j not in taken}
@@ -387,8 +472,12 @@ def vote(
     groups = same_finds(np.argsort(-found.scores, kind='stable'), pairs[one], iou[one], view)
     weights = [found.scores[g] / found.scores[g].sum() for g in groups]
     masks = [overlaid(found, g, w) for g, w in zip(groups, weights)]
-    voted = replace(found[[g[0] for g in groups]], crops=[m >= .5 - 1e-6 for m, _, _ in masks], origins=np.array([o for _, *o in masks], np.int64),
-        boxes=np.array([w @ found.boxes[g] for g, w in zip(groups, weights)], np.float32), scores=np.array([found.scores[g].sum() / n_views for g in groups], np.float32))
+    voted = replace(
+        found[[g[0] for g in groups]], crops=[m >= 0.5 - 1e-6 for m, _, _ in masks],
+        origins=np.array([o for _, *o in masks], np.int64),
+        boxes=np.array([w @ found.boxes[g] for g, w in zip(groups, weights)], np.float32),
+        scores=np.array([found.scores[g].sum() / n_views for g in groups], np.float32),
+    )
     return voted[np.argsort(-voted.scores, kind='stable')]
 
 def predict_flipped(
@@ -400,7 +489,10 @@ def predict_flipped(
     **known,                    # handed to `predict`, such as levels=
 ) -> Instances:
     "The objects in a picture that is looked at from several sides; as many times as slow"
-    nothing = Instances(image.shape[:2], np.zeros((0, 4), np.float32), np.zeros(0, np.int64), [], np.zeros((0, 2), np.int64))
+    nothing = Instances(
+        image.shape[:2], np.zeros((0, 4), np.float32), np.zeros(0, np.int64), [],
+        np.zeros((0, 2), np.int64),
+    )
     looks = [turn_back(predict(model, turn(image, nothing, *v)[0], **known), *v) for v in views]
     found = vote(*gather(looks), len(views))
     return found[found.scores >= min_score]

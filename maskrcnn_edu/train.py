@@ -12,7 +12,8 @@ __all__ = ['ADAMW', 'SHAPES_RECIPE', 'NUCLEI', 'NUCLEI_RECIPE', 'OF_THE_DATA', '
 # %% ../nbs/24_train.ipynb #026a57b0
 import warnings
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', FutureWarning)   # fastai uses torch.jit.script, which torch gives up; no user can do anything about it
+    # fastai uses torch.jit.script, which torch gives up; no user can do anything about it
+    warnings.simplefilter('ignore', FutureWarning)
     import fastai.layers
 
 # %% ../nbs/24_train.ipynb #6de495e3
@@ -36,16 +37,30 @@ from matplotlib.figure import Figure
 from PIL import Image
 from .checkpoints import WeightsError, convert, load_weights, save_weights
 from .core import composite, show_instances
-from .data import DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, to_uint8, write_atomic
+from maskrcnn_edu.data import (
+    DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, to_uint8,
+    write_atomic,
+)
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
-from .learner import CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels, colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels, predict_instances, to_input
+from maskrcnn_edu.learner import (
+    CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels,
+    colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels,
+    predict_instances, to_input,
+)
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
 from .speed import fold_norms
-from .nuclei import Elastic, Files, Intensity, Stain, balanced, dsb_table, find_nuclei, group, load_nuclei, remove_overlaps
-from .own_data import SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair
+from maskrcnn_edu.nuclei import (
+    Elastic, Files, Intensity, Stain, balanced, dsb_table, find_nuclei, group, load_nuclei,
+    remove_overlaps,
+)
+from maskrcnn_edu.own_data import (
+    SCALES, examine, fault_table, open_dataset, open_valid, propose, recognise, repair,
+)
 from .report import RunLog, command_line, write_report
-from .results import SMALL, Format, read_pixels, to_coco, unique_names, write_results, write_together
+from maskrcnn_edu.results import (
+    SMALL, Format, read_pixels, to_coco, unique_names, write_results, write_together,
+)
 from .tiles import open_picture, predict_flipped, predict_tiled
 from .trace import trace_page
 
@@ -65,13 +80,39 @@ class Recipe:
     ap_every: int = 1         # epochs between two measurements of average precision
 
 
-ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)   # all tensors in one pass, a fifth of the time
+# all tensors in one pass, a fifth of the time
+ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5)
 
-SHAPES_RECIPE = Recipe(SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2, ap_every=4)   # triangles stand upright
+# triangles stand upright
+SHAPES_RECIPE = Recipe(
+    SHAPES, (ZoomWhole(), FlipTurn(quarters=(0,)), Recolour()), tuple(colour()), repeat=2,
+    ap_every=4,
+)
 
-NUCLEI = SHAPES.change(n_classes=2, stretch=True, enlarge=2., rpn=dict(sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000, n_post_predict=1000, n_sample=256), head=dict(n_rois=96, n_masks=24), detection=dict(n_detections=400, sure=.85))
-NUCLEI_RECIPE = Recipe(NUCLEI, (Stretch(), ScaleCrop(256, (1.3, 2.8), aim=.6), FlipTurn(), Elastic(), Stain(), Intensity(), CentreCrop(256, NUCLEI.enlarge)), tuple(colour()),
-                       slots=64, bs=4, epochs=24, repeat=3, ap_every=2)
+NUCLEI = SHAPES.change(
+    n_classes=2,
+    stretch=True,
+    enlarge=2.0,
+    rpn=dict(
+        sizes=((14,), (28,), (56,), (112,), (180,)), n_pre=500, n_post=400, n_pre_predict=2000,
+        n_post_predict=1000, n_sample=256,
+    ),
+    head=dict(n_rois=96, n_masks=24),
+    detection=dict(n_detections=400, sure=0.85),
+)
+NUCLEI_RECIPE = Recipe(
+    NUCLEI,
+    (
+        Stretch(), ScaleCrop(256, (1.3, 2.8), aim=0.6), FlipTurn(), Elastic(), Stain(), Intensity(),
+        CentreCrop(256, NUCLEI.enlarge),
+    ),
+    tuple(colour()),
+    slots=64,
+    bs=4,
+    epochs=24,
+    repeat=3,
+    ap_every=2,
+)
 
 
 def coco_recipe(
@@ -80,9 +121,15 @@ def coco_recipe(
 ) -> Recipe:
     "A recipe for data of one's own."
     p = proposal or propose(train)
-    config = SHAPES.change(n_classes=len(train.classes), backbone=measure_channels(train), **p.config)
+    config = SHAPES.change(
+        n_classes=len(train.classes), backbone=measure_channels(train), **p.config
+    )
     scale = tuple(s * p.enlarge for s in (SCALES[0], SCALES[-1]))
-    return Recipe(config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)), tuple(colour(channels=config.backbone.in_channels)), p.slots, p.bs, p.epochs, ap_every=max(1, p.epochs // 20))
+    return Recipe(
+        config, (ScaleCrop(p.crop, scale), FlipTurn(), CentreCrop(p.crop, p.enlarge)),
+        tuple(colour(channels=config.backbone.in_channels)), p.slots, p.bs, p.epochs,
+        ap_every=max(1, p.epochs // 20),
+    )
 
 # %% ../nbs/24_train.ipynb #f837c00b
 def run_folder(
@@ -93,20 +140,26 @@ def run_folder(
     out = Path(out)
     try:
         if not resume and (out / 'state.pth').exists():
-            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f'{out.name}-{i}')).exists())
+            aside = next(
+                p for i in range(1, 10**6) if not (p := out.with_name(f'{out.name}-{i}')).exists()
+            )
             os.replace(out, aside)
             print(f'{out} holds an earlier run; it is now {aside}')
         out.mkdir(parents=True, exist_ok=True)
         (out / '.try').write_text('')
         (out / '.try').unlink()
-    except OSError as e: raise DataError(f'{out}: cannot be written ({e.strerror}); choose another folder with --out.') from None
+    except OSError as e:
+        raise DataError(
+            f'{out}: cannot be written ({e.strerror}); choose another folder with --out.'
+        ) from None
     return out
 
 
 class SaveWeights(Callback):
     "After each epoch, weights that can be used as they are."
     order = 69   # before SaveState: what a run goes on from is written last
-    def __init__(self, path, classes): self.file, self.classes, self.done = Path(path) / 'weights.safetensors', classes, False
+    def __init__(self, path, classes):
+        self.file, self.classes, self.done = Path(path) / 'weights.safetensors', classes, False
     def before_epoch(self): self.done = False
     def after_validate(self): self.done = True
     def after_epoch(self):
@@ -125,8 +178,15 @@ def read_all(
 
 def pick_device(device=None) -> torch.device:
     "The device that was asked for, else a GPU, else the CPU."
-    try: return torch.empty(0, device=device or ('cuda' if torch.cuda.is_available() else 'cpu')).device
-    except (RuntimeError, AssertionError) as e: raise DataError(f'--device {device}: not available here ({str(e).splitlines()[0]}); leave it out or say cpu.') from None
+    try:
+        return torch.empty(
+            0, device=device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        ).device
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(
+            f'--device {device}: not available here ({str(e).splitlines()[0]}); leave it out or '
+            f'say cpu.'
+        ) from None
 
 
 OF_THE_DATA = dict(
@@ -135,12 +195,16 @@ OF_THE_DATA = dict(
 
 
 def start_from(
-    path,                     # of a file of ours, a model that ships, or another program's checkpoint
-    config: MaskRCNNConfig,   # whose numbers `OF_THE_DATA` are taken; the network's are those of the file
+    # of a file of ours, a model that ships, or another program's checkpoint
+    path,
+    # whose numbers `OF_THE_DATA` are taken; the network's are those of the file
+    config: MaskRCNNConfig,
     classes,                  # K names
 ) -> MaskRCNN:
     "A network that was trained on other pictures, for these; other classes begin anew."
-    frames = {f: {k: getattr(getattr(config, f), k) for k in names} for f, names in OF_THE_DATA.items()}
+    frames = {
+        f: {k: getattr(getattr(config, f), k) for k in names} for f, names in OF_THE_DATA.items()
+    }
     return MaskRCNN.from_checkpoint(path, classes=classes, short_side=0, enlarge=config.enlarge,
                                     stretch=config.stretch, **frames)
 
@@ -155,25 +219,49 @@ def fit(
     resume=False,       # go on with the run in `out`
     pretrained=False,   # start from ImageNet weights, with a ResNet-18
     start=None,         # or from the weights of a file, ours or another program's
-    pictures=None,      # numbers of the training images of an epoch; each of them `repeat` times if not given
+    # numbers of the training images of an epoch; each of them `repeat` times if not given
+    pictures=None,
 ) -> Learner:           # trained
     "Train, and leave weights, history and state in `out`."
-    if pretrained: recipe = replace(recipe, config=recipe.config.change(backbone=dict(**RESNET18, width=64)))
+    if pretrained:
+        recipe = replace(recipe, config=recipe.config.change(backbone=dict(**RESNET18, width=64)))
     model = start_from(start, recipe.config, train.classes) if start else None
     if model: recipe = replace(recipe, config=model.config)
-    device, pictures = pick_device(device), list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
+    device, pictures = pick_device(device), (
+        list(range(len(train))) * recipe.repeat if pictures is None else list(pictures)
+    )
     if resume: find_state(out)
     train, valid = read_all(train, 'training'), read_all(valid, 'validation')
     for s in (*train, *valid): check_channels(s.image, recipe.config, s.name)
     for fault in dict.fromkeys(train.faults + valid.faults): print('data:', fault)
     coco = CocoMetrics(train.classes, recipe.ap_every, recipe.config.detection.n_detections)
-    dls = instance_dls(train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots, min(recipe.bs, len(pictures)), device)
-    learn = mask_rcnn_learner(dls, recipe.config, pretrained, seed, cbs=[coco, GradientClip(10.), SaveWeights(out, train.classes), RunLog(out)], metrics=coco.metrics(), model=model, path=out, opt_func=ADAMW)
-    state = load_state(learn, out) if resume else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
+    dls = instance_dls(
+        train.subset(pictures), valid, recipe.item_tfms, recipe.batch_tfms, recipe.slots,
+        min(recipe.bs, len(pictures)), device,
+    )
+    learn = mask_rcnn_learner(
+        dls, recipe.config, pretrained, seed,
+        cbs=[coco, GradientClip(10.0), SaveWeights(out, train.classes), RunLog(out)],
+        metrics=coco.metrics(), model=model, path=out, opt_func=ADAMW,
+    )
+    state = (
+        load_state(learn, out)
+        if resume
+        else dict(epochs=0, rows=[], smooth=None, n_epochs=recipe.epochs, seed=seed)
+    )
     if (state['seed'], state['n_epochs']) != (seed, recipe.epochs):
-        raise DataError(f"--resume: the run in {out} was started with --epochs {state['n_epochs']} --seed {state['seed']}; say the same.")
-    learn.add_cb(SaveState(run_folder(out, resume), state['rows'], state['smooth'], n_epochs=recipe.epochs, seed=seed))
-    if state['epochs'] < recipe.epochs: learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=recipe.wd, start_epoch=state['epochs'])
+        raise DataError(
+            f"--resume: the run in {out} was started with --epochs {state['n_epochs']} --seed "
+            f"{state['seed']}; say the same."
+        )
+    learn.add_cb(
+        SaveState(
+            run_folder(out, resume), state['rows'], state['smooth'], n_epochs=recipe.epochs,
+            seed=seed,
+        )
+    )
+    if state['epochs'] < recipe.epochs:
+        learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=recipe.wd, start_epoch=state['epochs'])
     return learn
 
 # %% ../nbs/24_train.ipynb #03452458
@@ -182,7 +270,10 @@ def predict_all(
     dataset: InstanceDataset,
 ) -> list[Instances]:          # in the order of the images
     "The objects in every image."
-    return [predict_instances(model, dataset[i].image) for i in progress_bar(range(len(dataset)), leave=False)]
+    return [
+        predict_instances(model, dataset[i].image)
+        for i in progress_bar(range(len(dataset)), leave=False)
+    ]
 
 
 def evaluate(
@@ -190,14 +281,22 @@ def evaluate(
     dataset: InstanceDataset,
     kinds=None,                # nuclei: kind of microscopy by name of the image
     found=None,                # what the model found, if it is known
-) -> dict:                     # box_ap, mask_ap, mask_ap50, mask_ap75, per_class …; for nuclei also dsb, ap_by_iou, by_kind
+) -> dict:                     # box_ap, mask_ap, per_class …; of nuclei dsb, ap_by_iou, by_kind too
     "Scores of a model on a data set."
     for s in dataset: check_channels(s.image, model.config, s.name)
     if found is None: found = predict_all(model, dataset)
     coco = CocoEval(dataset.classes, model.config.detection.n_detections)
     for s, f in zip(dataset, found): coco.add(s.instances, f)
-    scores = dict(images=len(dataset)) | {k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()}
-    return scores | (dsb_table(dataset, dict(zip(dataset.names, surely(found, model.config.detection.sure))), kinds) if kinds else {})
+    scores = dict(images=len(dataset)) | {
+        k: none_if_nan(v) if isinstance(v, float) else v for k, v in coco.compute().items()
+    }
+    return scores | (
+        dsb_table(
+            dataset, dict(zip(dataset.names, surely(found, model.config.detection.sure))), kinds
+        )
+        if kinds
+        else {}
+    )
 
 
 def surely(
@@ -219,9 +318,13 @@ def results_figure(
     fig, axes = plt.subplots(n, 3, figsize=(9, 3 * n), squeeze=False)
     for i, row in zip(np.linspace(0, len(dataset) - 1, n).astype(int), axes):
         s = dataset[i]
-        found = predict_instances(model, s.image, model.config.detection.sure if min_score is None else min_score)
+        found = predict_instances(
+            model, s.image, model.config.detection.sure if min_score is None else min_score
+        )
         show_instances(s.image, s.instances[[]], row[0], title=s.name[:24])
-        show_instances(s.image, s.instances, row[1], dataset.classes, title='ground truth', captions=12)
+        show_instances(
+            s.image, s.instances, row[1], dataset.classes, title='ground truth', captions=12
+        )
         show_instances(s.image, found, row[2], dataset.classes, title='prediction', captions=12)
     fig.tight_layout()
     return fig
@@ -249,27 +352,44 @@ def finish(
 def train_shapes(out='runs/shapes', data=None, epochs=None, recipe=SHAPES_RECIPE, **kwargs) -> dict:
     "Train on the shapes; `data` is a folder or zip in their layout, `kwargs` go to `fit`."
     train, valid = load_splits(data or shapes_folder())
-    if len(train.classes) != recipe.config.n_classes: raise DataError(f'{data}: has the classes {train.classes[1:]}, not those of the shapes; use train coco.')
+    if len(train.classes) != recipe.config.n_classes:
+        raise DataError(
+            f'{data}: has the classes {train.classes[1:]}, not those of the shapes; use train coco.'
+        )
     return finish(fit(with_epochs(recipe, epochs), train, valid, out, **kwargs), valid, out)
 
 
 def train_nuclei(out='runs/nuclei', data=None, epochs=None, recipe=NUCLEI_RECIPE, **kwargs) -> dict:
     "Train on nuclei in Kaggle's layout, a folder or a zip."
     path = data or find_nuclei()
-    if path is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train (Kaggle, Data Science Bowl 2018).')
+    if path is None:
+        raise DataError(
+            'no nuclei found: give --data, a folder or zip in the layout of stage1_train (Kaggle, '
+            'Data Science Bowl 2018).'
+        )
     train, valid, kinds = load_nuclei(path)
     pictures = balanced(read_all(train, 'training'), kinds, len(train) * recipe.repeat)
-    return finish(fit(with_epochs(recipe, epochs), train, valid, out, pictures=pictures, **kwargs), valid, out, kinds, data=path)
+    return finish(
+        fit(with_epochs(recipe, epochs), train, valid, out, pictures=pictures, **kwargs), valid,
+        out, kinds, data=path,
+    )
 
 
 def train_coco(out='runs/coco', data=None, epochs=None, **kwargs) -> dict:
     "Train on data of one's own, a folder or zip in any layout of lesson 23d."
-    if data is None: raise DataError('train coco needs --data, a folder or zip: images/ with annotations.json, masks/ or labels/, or a VIA json.')
+    if data is None:
+        raise DataError(
+            'train coco needs --data, a folder or zip: images/ with annotations.json, masks/ or '
+            'labels/, or a VIA json.'
+        )
     print(f'{data}: {recognise(data)}')
     train, valid = open_dataset(data, kwargs.get('seed', 0))   # examines it first
     proposal = propose(train)
     for reason in proposal.reasons: print('proposed:', reason)
-    return finish(fit(with_epochs(coco_recipe(train, proposal), epochs), train, valid, out, **kwargs), valid, out, notes=proposal.reasons, data=data)
+    return finish(
+        fit(with_epochs(coco_recipe(train, proposal), epochs), train, valid, out, **kwargs), valid,
+        out, notes=proposal.reasons, data=data,
+    )
 
 
 def with_epochs(recipe, epochs) -> Recipe:
@@ -278,15 +398,22 @@ def with_epochs(recipe, epochs) -> Recipe:
     return replace(recipe, epochs=epochs) if epochs else recipe
 
 # %% ../nbs/24_train.ipynb #78cd20f7
-app = typer.Typer(add_completion=False, no_args_is_help=True, help='Mask R-CNN: train, evaluate, predict.', pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help='Mask R-CNN: train, evaluate, predict.',
+    pretty_exceptions_enable=False,
+)
 
 
 @contextmanager
 def sentences():
-    "Errors that a user can do something about, as one sentence; Ctrl-C with a word about what is saved."
+    """Errors that a user can do something about, as one sentence; Ctrl-C with a word about what is
+    saved."""
     try: yield
     except (DataError, WeightsError, OSError, ValueError, RuntimeError) as e:
-        if not isinstance(e, (DataError, WeightsError, OSError)) and not str(e).startswith('pretrained:'): raise
+        if not isinstance(e, (DataError, WeightsError, OSError)) and not str(e).startswith(
+            'pretrained:'
+        ):
+            raise
         typer.secho(f'Error: {e}', fg='red', err=True)
         raise typer.Exit(1) from None
 
@@ -301,39 +428,81 @@ class What(str, Enum):
 @app.command()
 def train(
     what: Annotated[What, typer.Argument(help='shapes, nuclei, or coco for data of your own')],
-    data: Annotated[Path | None, typer.Option(help='folder or zip; shapes and nuclei know a place of their own')] = None,
-    out: Annotated[Path | None, typer.Option(help='folder of the run  [default: runs/WHAT]')] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='folder or zip; shapes and nuclei know a place of their own')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help='folder of the run  [default: runs/WHAT]')
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help='default: of the recipe')] = None,
     seed: Annotated[int, typer.Option(help='the same seed gives the same run')] = 0,
-    device: Annotated[str | None, typer.Option(help='cpu, cuda, cuda:1 …  [default: a GPU if there is one]')] = None,
-    resume: Annotated[bool, typer.Option('--resume', help='go on after the last finished epoch')] = False,
-    pretrained: Annotated[bool, typer.Option('--pretrained', help='start from ImageNet weights, with a ResNet-18; needs the internet once')] = False,
-    start: Annotated[Path | None, typer.Option(help='start from these weights: shapes, nuclei, a .safetensors file, or a checkpoint of another program')] = None,
+    device: Annotated[
+        str | None, typer.Option(help='cpu, cuda, cuda:1 …  [default: a GPU if there is one]')
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option('--resume', help='go on after the last finished epoch')
+    ] = False,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            '--pretrained',
+            help='start from ImageNet weights, with a ResNet-18; needs the internet once',
+        ),
+    ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help=('start from these weights: shapes, nuclei, a .safetensors file, or a checkpoint '
+                'of another program')
+        ),
+    ] = None,
 ):
-    "Train; leaves weights.safetensors, history.csv, scores.json, results.png and report.html in the folder."
+    """Train; leaves weights.safetensors, history.csv, scores.json, results.png and report.html in
+    the folder."""
     out = out or Path('runs') / what.value
     commands = dict(shapes=train_shapes, nuclei=train_nuclei, coco=train_coco)
     with sentences():
-        if start and pretrained: raise DataError('--start and --pretrained: two places to start from; give one.')
-        try: scores = commands[what.value](out, data, epochs, seed=seed, device=device, resume=resume, pretrained=pretrained, start=start)
+        if start and pretrained:
+            raise DataError('--start and --pretrained: two places to start from; give one.')
+        try:
+            scores = commands[what.value](
+                out, data, epochs, seed=seed, device=device, resume=resume, pretrained=pretrained,
+                start=start,
+            )
         except KeyboardInterrupt:
-            go_on = f'the last finished epoch is in {out}. Go on with the same command and --resume.'
-            typer.echo(f"\nStopped; {go_on if (out / 'state.pth').exists() else 'no epoch was finished, so nothing is saved.'}", err=True)
+            go_on = (
+                f'the last finished epoch is in {out}. Go on with the same command and --resume.'
+            )
+            nothing = 'no epoch was finished, so nothing is saved.'
+            typer.echo(f"\nStopped; {go_on if (out / 'state.pth').exists() else nothing}", err=True)
             raise typer.Exit(130) from None
         typer.echo(score_line(scores))
-        typer.echo(f'Everything is in {out}: weights.safetensors, history.csv, scores.json, results.png, report.html')
+        typer.echo(
+            f'Everything is in {out}: weights.safetensors, history.csv, scores.json, results.png, '
+            f'report.html'
+        )
 
 
 def score_line(scores: dict) -> str:
     "The main scores in a line."
-    return ' · '.join(f'{k} {scores[k]:.3f}' for k in ('box_ap', 'mask_ap', 'mask_ap50', 'mask_ap75', 'dsb') if scores.get(k) is not None) or 'no objects to find'
+    return (
+        ' · '.join(
+            f'{k} {scores[k]:.3f}'
+            for k in ('box_ap', 'mask_ap', 'mask_ap50', 'mask_ap75', 'dsb')
+            if scores.get(k) is not None
+        )
+        or 'no objects to find'
+    )
 
 
 def open_for(data, classes) -> tuple[InstanceDataset, dict | None]:
     "The validation images of a folder or zip, and the kinds of microscopy if they are nuclei."
     nuclei = list(classes) == ['background', 'nucleus']
     if data is None: data = find_nuclei() if nuclei else shapes_folder()
-    if data is None: raise DataError('no nuclei found: give --data, a folder or zip in the layout of stage1_train.')
+    if data is None:
+        raise DataError(
+            'no nuclei found: give --data, a folder or zip in the layout of stage1_train.'
+        )
     if nuclei and is_kaggle(data):
         _, valid, kinds = load_nuclei(data)
         return valid, kinds
@@ -347,10 +516,16 @@ def is_kaggle(data) -> bool:
 
 @app.command('check')
 def check_command(
-    data: Annotated[Path, typer.Argument(help='folder or zip: COCO json, folders of masks, label maps, or VIA json')],
-    repaired: Annotated[Path | None, typer.Option('--repair', help='a new folder for a clean copy in COCO layout')] = None,
+    data: Annotated[
+        Path,
+        typer.Argument(help='folder or zip: COCO json, folders of masks, label maps, or VIA json'),
+    ],
+    repaired: Annotated[
+        Path | None, typer.Option('--repair', help='a new folder for a clean copy in COCO layout')
+    ] = None,
 ):
-    "The data doctor: every fault by file; exit code 1 if one stops the training and no clean copy was made."
+    """The data doctor: every fault by file; exit code 1 if one stops the training and no clean copy
+    was made."""
     with sentences():
         found = examine(data)
         typer.echo(fault_table(found))
@@ -362,16 +537,22 @@ def check_command(
 
 @app.command('evaluate')
 def evaluate_command(
-    weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')],
-    data: Annotated[Path | None, typer.Option(help='folder or zip; its validation split if it has one')] = None,
+    weights: Annotated[
+        str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help='folder or zip; its validation split if it has one')
+    ] = None,
     as_json: Annotated[bool, typer.Option('--json', help='print all scores as json')] = False,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
     "Average precision of boxes and masks; for nuclei also the score of the Data Science Bowl."
-    with sentences(), redirect_stdout(sys.stderr):   # progress goes there: what is on stdout can be read by a program
+    # progress goes there: what is on stdout can be read by a program
+    with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
         dataset, kinds = open_for(data, classes)
-        if dataset.classes != classes: load_weights(weights, classes=dataset.classes)   # says what does not fit
+        # says what does not fit
+        if dataset.classes != classes: load_weights(weights, classes=dataset.classes)
         scores = evaluate(model, dataset, kinds)
         for fault in dataset.faults: print('data:', fault)
     typer.echo(json.dumps(scores, indent=1) if as_json else score_line(scores))
@@ -380,37 +561,74 @@ def evaluate_command(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help='pictures of any size')],
-    weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')],
+    weights: Annotated[
+        str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')
+    ],
     out: Annotated[Path, typer.Option(help='folder for the results')] = Path('predictions'),
-    min_score: Annotated[float | None, typer.Option(min=0, max=1, help='less sure than this is left out  [default: what the model says]')] = None,
-    formats: Annotated[list[Format], typer.Option('--format', help='what to write; say it again for more')] = list(SMALL),
-    splash: Annotated[bool, typer.Option('--splash', help='also NAME_splash.png: the objects in colour, all else in grey')] = False,
-    pixel_size: Annotated[float | None, typer.Option(min=1e-6, help='micrometres along a pixel: adds columns in micrometres to the csv')] = None,
-    tile: Annotated[int, typer.Option(min=64, help='a picture with a longer side is predicted in tiles of so many pixels')] = 1024,
-    flips: Annotated[bool, typer.Option('--flips', help='look from four sides and vote; four times as slow')] = False,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help='less sure than this is left out  [default: what the model says]'
+        ),
+    ] = None,
+    formats: Annotated[
+        list[Format], typer.Option('--format', help='what to write; say it again for more')
+    ] = list(SMALL),
+    splash: Annotated[
+        bool,
+        typer.Option(
+            '--splash', help='also NAME_splash.png: the objects in colour, all else in grey'
+        ),
+    ] = False,
+    pixel_size: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, help='micrometres along a pixel: adds columns in micrometres to the csv'
+        ),
+    ] = None,
+    tile: Annotated[
+        int,
+        typer.Option(
+            min=64, help='a picture with a longer side is predicted in tiles of so many pixels'
+        ),
+    ] = 1024,
+    flips: Annotated[
+        bool, typer.Option('--flips', help='look from four sides and vote; four times as slow')
+    ] = False,
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):
-    "Objects in pictures: NAME_overlay.png, NAME_labels.tif (0 = background), NAME.csv, NAME.geojson, and instances.json (COCO) for all."
+    """Objects in pictures: NAME_overlay.png, NAME_labels.tif (0 = background), NAME.csv,
+    NAME.geojson, and instances.json (COCO) for all."""
     formats = [*formats, Format.splash] if splash else formats
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
-        model = fold_norms(model).to(memory_format=torch.channels_last)      # the same answers, sooner
+        # the same answers, sooner
+        model = fold_norms(model).to(memory_format=torch.channels_last)
         paths, found = unique_names(images), {}
-        for path in paths.values(): open_picture(path)   # whatever cannot be read is said before the first result is written
+        # whatever cannot be read is said before the first result is written
+        for path in paths.values(): open_picture(path)
         run_folder(out, resume=True)
         for name, path in progress_bar(paths.items(), total=len(paths), leave=False):
             image = open_picture(path)
             if image.ndim == 3: check_channels(image, model.config, path)
-            found[name] = find_in(model, image, model.config.detection.sure if min_score is None else min_score, tile, predict_flipped if flips else predict_instances)
-            measured = read_pixels(path, image.shape[:2]) if Format.csv in formats else None   # as the camera stored them
-            write_results(out, name, to_draw(image), found[name], classes, formats, pixel_size, measured)
+            found[name] = find_in(
+                model, image, model.config.detection.sure if min_score is None else min_score, tile,
+                predict_flipped if flips else predict_instances,
+            )
+            # as the camera stored them
+            measured = read_pixels(path, image.shape[:2]) if Format.csv in formats else None
+            write_results(
+                out, name, to_draw(image), found[name], classes, formats, pixel_size, measured
+            )
         write_together(out, found, paths, classes, formats)
     for name, f in found.items(): typer.echo(f'{name}: {len(f)} objects')
 
 
 def find_in(model, image, min_score, tile, look) -> Instances:
     "The objects of a picture, in one look where it fits one tile, no pixel in two of them."
-    return remove_overlaps(predict_tiled(model, image, tile, tile // 4, min_score, look), min_area=1)
+    return remove_overlaps(
+        predict_tiled(model, image, tile, tile // 4, min_score, look), min_area=1
+    )
 
 
 def to_draw(image) -> np.ndarray:   # (H, W, 3) uint8
@@ -423,20 +641,30 @@ def to_draw(image) -> np.ndarray:   # (H, W, 3) uint8
 
 @app.command('convert')
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(help='of Matterport, pytorch-mask-rcnn, Detectron, Detectron.pytorch, maskrcnn-benchmark, detectron2 or torchvision, as it was downloaded')],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help=('of Matterport, pytorch-mask-rcnn, Detectron, Detectron.pytorch, '
+                'maskrcnn-benchmark, detectron2 or torchvision, as it was downloaded')
+        ),
+    ],
     out: Annotated[Path, typer.Option(help='file to write, .safetensors')],
     half: Annotated[bool, typer.Option('--half', help='16-bit floats: half the size')] = False,
 ):
     "Another program's checkpoint as a weight file of ours; its rules go into the header."
     with sentences():
         model = convert(checkpoint, out, half)
-        typer.echo(f'{out}: {model.config.n_classes} classes with background; use it with --weights {out}.')
+        typer.echo(
+            f'{out}: {model.config.n_classes} classes with background; use it with --weights {out}.'
+        )
 
 
 @app.command('trace')
 def trace_command(
     image: Annotated[Path, typer.Argument(help='a picture of any size')],
-    weights: Annotated[str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')] = 'shapes',
+    weights: Annotated[
+        str, typer.Option(help='weight file, or shapes or nuclei for the models that ship')
+    ] = 'shapes',
     out: Annotated[Path, typer.Option(help='the page to write')] = Path('trace.html'),
     device: Annotated[str | None, typer.Option(help='cpu, cuda …')] = None,
 ):

@@ -8,14 +8,14 @@ __all__ = ['COCO', 'ABOVE_HALF', 'Names', 'body_names', 'head_names', 'grey_leve
            'nothing_else', 'Dialect', 'door', 'build']
 
 # %% ../../nbs/50_dialects.ipynb #50d00002
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
 from ..boxes import Frame, clip, has_size, numbers
-from ..instances import Door, Instances, paste_crop, to_instances
+from ..instances import Door, Instances, to_instances
 from ..mask_rcnn import MaskRCNN, MaskRCNNConfig, Parts
 from ..resnet import Bottleneck, ResNet
 from ..rpn_head import RPNHead, init_head
