@@ -170,3 +170,7 @@ def test_every_part_works_in_the_model(name):
     assert found.boxes.shape == (2, 6, 4) and found.boxes.isfinite().all() and (found.labels > 0).any()
     model.parts = model.parts._replace(detect=MaskRCNN(config).parts.detect)
     assert model.predict(images).boxes.isfinite().all()
+
+
+def test_sides_of_a_model_of_ours_are_refused():
+    with pytest.raises(ValueError, match='shapes: a model of ours takes pictures as they are'): MaskRCNN.from_checkpoint('shapes', short_side=64)
