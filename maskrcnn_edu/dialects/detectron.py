@@ -247,7 +247,9 @@ def propose(
     (index, visit), filled = rank_levels(scores, level_sizes, n, sorting.rank)          # (L, N)
     boxes = clip_to_pixel(decode(deltas[index], anchors[index]), window_of(frame), 1.)  # (L, N, 4)
     first = torch.where(filled & has_size(boxes, min_size), -visit.to(scores), -torch.inf)
-    kept = torch.where(nms_keep(boxes, first, limit(nms_iou)), scores[index], -torch.inf).flatten()
+    keep = nms_keep(boxes, first, limit(nms_iou))                                       # (L, N)
+    keep = keep & (keep.cumsum(1) <= n_post)             # of a level no more than of all together
+    kept = torch.where(keep, scores[index], -torch.inf).flatten()
     missing = max(0, n_post - len(kept))
     kept = F.pad(kept, (0, missing), value=-torch.inf)
     boxes = F.pad(boxes.flatten(0, 1), (0, 0, 0, missing))
