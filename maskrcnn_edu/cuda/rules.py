@@ -1,8 +1,6 @@
-"""What PyTorch has to know of a native op beside its result: shapes, vmap, autocast and gradients
-
-Each `register_…` takes the PyTorch of a lesson and gives back an op of the same arguments. Where the
-compiled library has a kernel of that name, the kernel runs; elsewhere the PyTorch does.
-"""
+"""What PyTorch has to know of a native op beside its result: shapes, vmap, autocast and gradients"""
+# Each `register_…` takes the PyTorch of a lesson and gives back an op of the same arguments. Where the
+# compiled library has a kernel of that name, the kernel runs; elsewhere the PyTorch does.
 import inspect, re
 from functools import wraps
 from pathlib import Path
@@ -89,7 +87,7 @@ def merge(info, dims, features, boxes):
 
 
 def backward_of(forward):
-    "The gradient of the maps, as PyTorch finds it in the PyTorch of the forward pass."
+    "The gradient of the maps, found by autograd in the PyTorch of the forward pass."
     def backwards(
         grad: Tensor, features: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor, scales: list[float],
         height: int, width: int, sampling: int, aligned: bool, deterministic: bool,
