@@ -254,6 +254,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'maskrcnn_edu/dialects/detectron.py'),
                                                  'maskrcnn_edu.dialects.detectron.collect_like_torch': ( 'detectron.html#collect_like_torch',
                                                                                                          'maskrcnn_edu/dialects/detectron.py'),
+                                                 'maskrcnn_edu.dialects.detectron.collected': ( 'detectron.html#collected',
+                                                                                                'maskrcnn_edu/dialects/detectron.py'),
                                                  'maskrcnn_edu.dialects.detectron.detect': ( 'detectron.html#detect',
                                                                                              'maskrcnn_edu/dialects/detectron.py'),
                                                  'maskrcnn_edu.dialects.detectron.input_pixel': ( 'detectron.html#input_pixel',

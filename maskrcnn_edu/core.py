@@ -25,18 +25,33 @@ def show_diagram(
     phase='train',  # 'train' or 'predict' dims the paths that the other one uses; None shows all
 ) -> Diagram:
     "The overview diagram with one box lit."
-    if phase not in ('train', 'predict', None): raise ValueError(f"phase is 'train', 'predict' or None, not {phase!r}")
-    svg = (files('maskrcnn_edu')/'overview.svg').read_text(encoding='utf-8').replace('href="../', 'href="')
-    if box and f'<g id="{box}" ' not in svg: raise ValueError(f'the diagram has no box {box!r}; use the name of a module')
+    if phase not in ('train', 'predict', None):
+        raise ValueError(f"phase is 'train', 'predict' or None, not {phase!r}")
+    svg = (
+        (files('maskrcnn_edu') / 'overview.svg')
+        .read_text(encoding='utf-8')
+        .replace('href="../', 'href="')
+    )
+    if box and f'<g id="{box}" ' not in svg:
+        raise ValueError(f'the diagram has no box {box!r}; use the name of a module')
     svg = svg.replace('class="mrcnn-overview"', f'class="mrcnn-overview phase-{phase}"')
     return Diagram(svg.replace(f'<g id="{box}" class="', f'<g id="{box}" class="lit '))
 
 # %% ../nbs/00_core.ipynb #762ad5ba
 LETTERS = {
-    'B': 'images in the batch', 'A': 'anchors of one image', 'G': 'ground-truth slots of one image',
-    'P': 'proposals of one image', 'R': 'sampled rois of one image', 'M': 'positive rois, the first M of the R',
-    'D': 'detections of one image', 'K': 'classes, background 0 included', 'C': 'channels',
-    'H': 'height in pixels', 'W': 'width in pixels', 'S': "side of a roi's mask target"}
+    'B': 'images in the batch',
+    'A': 'anchors of one image',
+    'G': 'ground-truth slots of one image',
+    'P': 'proposals of one image',
+    'R': 'sampled rois of one image',
+    'M': 'positive rois, the first M of the R',
+    'D': 'detections of one image',
+    'K': 'classes, background 0 included',
+    'C': 'channels',
+    'H': 'height in pixels',
+    'W': 'width in pixels',
+    'S': "side of a roi's mask target",
+}
 
 # %% ../nbs/00_core.ipynb #5f5c5489
 def set_seed(
@@ -57,8 +72,14 @@ def _channels_last(
 ):
     "What matplotlib draws: (H,W,3) or (H,W), and floats within 0..1."
     x = to_array(image)
-    if x.ndim not in (2, 3): raise ValueError(f'an image is (C,H,W), (H,W,C) or (H,W), not {x.shape}')
-    if x.ndim == 3 and x.shape[-1] not in (1, 3) and (x.shape[0] in (1, 3) or x.shape[0] < x.shape[-1]): x = x.transpose(1, 2, 0)
+    if x.ndim not in (2, 3):
+        raise ValueError(f'an image is (C,H,W), (H,W,C) or (H,W), not {x.shape}')
+    if (
+        x.ndim == 3
+        and x.shape[-1] not in (1, 3)
+        and (x.shape[0] in (1, 3) or x.shape[0] < x.shape[-1])
+    ):
+        x = x.transpose(1, 2, 0)
     if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]   # (H,W)
     if x.dtype != np.uint8: x = x.astype(np.float32).clip(0, 1)
     return composite(x) if x.ndim == 3 and x.shape[-1] != 3 else x
@@ -67,9 +88,11 @@ def composite(
     image,  # (H,W,C), float 0..1 or uint8
 ):          # (H,W,3), same type
     "Channels that are no colours, each in a colour of its own."
-    colours = hsv_to_rgb([((1/3 + c/image.shape[-1]) % 1, 1, 1) for c in range(image.shape[-1])])   # (C,3)
+    # (C,3)
+    colours = hsv_to_rgb([((1/3 + c/image.shape[-1]) % 1, 1, 1) for c in range(image.shape[-1])])
     out = np.zeros((*image.shape[:2], 3), np.float32)   # (H,W,3)
-    for c, colour in enumerate(colours): np.maximum(out, image[..., c, None] * colour.astype(np.float32), out=out)
+    for c, colour in enumerate(colours):
+        np.maximum(out, image[..., c, None] * colour.astype(np.float32), out=out)
     return out.round().astype(np.uint8) if image.dtype == np.uint8 else out
 
 def show_image(
@@ -81,7 +104,9 @@ def show_image(
     "Draw one image without ticks."
     if ax is None: ax = plt.subplots(figsize=figsize or (3, 3))[1]
     x = _channels_last(image)
-    ax.imshow(x, cmap='gray' if x.ndim == 2 else None, vmin=0, vmax=255 if x.dtype == np.uint8 else 1)
+    ax.imshow(
+        x, cmap='gray' if x.ndim == 2 else None, vmin=0, vmax=255 if x.dtype == np.uint8 else 1
+    )
     ax.set_axis_off()
     if title is not None: ax.set_title(title, fontsize=10)
     return ax
@@ -95,14 +120,32 @@ def show_images(
     "Draw images in a grid; returns one axes an image."
     n, ncols = len(images), max(1, min(ncols, len(images)))
     nrows = max(1, -(-n//ncols))
-    grid = plt.subplots(nrows, ncols, figsize=figsize or (2.5*ncols, 2.5*nrows), squeeze=False, layout='constrained')[1]
+    grid = plt.subplots(
+        nrows,
+        ncols,
+        figsize=figsize or (2.5 * ncols, 2.5 * nrows),
+        squeeze=False,
+        layout='constrained',
+    )[1]
     for ax in grid.flat[n:]: ax.set_axis_off()
     return [show_image(im, ax, t) for im, ax, t in zip(images, grid.flat, titles or [None]*n)]
 
 # %% ../nbs/00_core.ipynb #451fcdfc
 ROLE_COLOURS = {'gt': 'white', 'positive': '#22c55e', 'negative': '#ef4444', 'ignored': '#9ca3af',
                 'anchor': '#38bdf8', 'proposal': '#f59e0b', 'prediction': '#facc15'}
-COLOURS = [to_rgb(c) for c in ('#f59e0b', '#38bdf8', '#a3e635', '#f472b6', '#c084fc', '#2dd4bf', '#fb7185', '#fde047')]
+COLOURS = [
+    to_rgb(c)
+    for c in (
+        '#f59e0b',
+        '#38bdf8',
+        '#a3e635',
+        '#f472b6',
+        '#c084fc',
+        '#2dd4bf',
+        '#fb7185',
+        '#fde047',
+    )
+]
 
 def _caption(label=None, score=None, names=None):
     "'circle 0.93' from a label, a score and the names of the classes."
@@ -123,11 +166,34 @@ def show_boxes(
     colour = ROLE_COLOURS.get(role, role)
     for i, (x1, y1, x2, y2) in enumerate(to_array(boxes).reshape(-1, 4)):
         # matplotlib puts the centre of a pixel on the integer, a box counts from its edge
-        ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=colour, ls=style, lw=linewidth))
-        text = _caption(None if labels is None else to_array(labels)[i], None if scores is None else to_array(scores)[i], names)
+        ax.add_patch(
+            Rectangle(
+                (x1 - 0.5, y1 - 0.5),
+                x2 - x1,
+                y2 - y1,
+                fill=False,
+                ec=colour,
+                ls=style,
+                lw=linewidth,
+            )
+        )
+        text = _caption(
+            None if labels is None else to_array(labels)[i],
+            None if scores is None else to_array(scores)[i],
+            names,
+        )
         at_top = y1 < .1*max(ax.get_ylim())   # no room above: write inside the box
-        if text: ax.text(max(x1, 0), max(y1, 0), text, fontsize=8, color='black', va='top' if at_top else 'bottom',
-                         clip_on=True, bbox=dict(facecolor=colour, edgecolor='none', pad=1, alpha=.8))
+        if text:
+            ax.text(
+                max(x1, 0),
+                max(y1, 0),
+                text,
+                fontsize=8,
+                color='black',
+                va='top' if at_top else 'bottom',
+                clip_on=True,
+                bbox=dict(facecolor=colour, edgecolor='none', pad=1, alpha=0.8),
+            )
     return ax
 
 # %% ../nbs/00_core.ipynb #a9395438
@@ -139,7 +205,8 @@ def show_masks(
 ):
     "Lay masks over an image, later ones over earlier ones."
     masks = to_array(masks)
-    layer = np.zeros((*masks.shape[-2:], 4), np.float32)   # (H,W,4): one for all, since hundreds of them would fill the memory
+    # (H,W,4): one for all, since hundreds of them would fill the memory
+    layer = np.zeros((*masks.shape[-2:], 4), np.float32)
     for i, mask in enumerate(masks):
         colour = to_rgb(colours[i]) if colours is not None else COLOURS[i % len(COLOURS)]
         layer[mask > 0] = (*colour, alpha)
@@ -159,7 +226,8 @@ def show_instances(
     ax = show_image(image, ax, title, figsize=(4, 4))
     show_masks(instances.masks(), ax)
     role = 'gt' if instances.scores is None else 'prediction'
-    if len(instances.boxes) > captions: return show_boxes(instances.boxes, ax, role=role, linewidth=.6)
+    if len(instances.boxes) > captions:
+        return show_boxes(instances.boxes, ax, role=role, linewidth=.6)
     return show_boxes(instances.boxes, ax, instances.labels, instances.scores, names, role=role)
 
 # %% ../nbs/00_core.ipynb #e0010002

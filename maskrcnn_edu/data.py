@@ -38,8 +38,10 @@ def number(
 ): # ids (n,), (H,W) int with 0, 1, 2 ... for the first, second, third id
     "Which numbers occur, and the map counted through; np.unique without sorting a million pixels"
     x = np.asarray(label_map).astype(np.int64)
-    if x.min(initial=0) < 0: raise ValueError('a label map has 0 for background and positive numbers for objects')
-    if x.max(initial=0) > 4 * x.size: return (u := np.unique(x, return_inverse=True))[0], u[1].reshape(x.shape)
+    if x.min(initial=0) < 0:
+        raise ValueError('a label map has 0 for background and positive numbers for objects')
+    if x.max(initial=0) > 4 * x.size:
+        return (u := np.unique(x, return_inverse=True))[0], u[1].reshape(x.shape)
     seen = np.zeros(x.max(initial=0) + 1, bool)
     seen[x] = True
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[x]
@@ -55,7 +57,13 @@ def from_label_map(cls: Instances,
     slices = find_objects(compact)
     origins = np.array([(s[0].start, s[1].start) for s in slices], np.int64).reshape(-1, 2)
     crops = [compact[s] == i + 1 for i, s in enumerate(slices)]
-    return cls(compact.shape, crop_boxes(crops, origins), np.full(len(crops), label, np.int64), crops, origins)
+    return cls(
+        compact.shape,
+        crop_boxes(crops, origins),
+        np.full(len(crops), label, np.int64),
+        crops,
+        origins,
+    )
 
 # %% ../nbs/02_shapes.ipynb #906f7172
 def runs(
@@ -99,7 +107,10 @@ def draw_mask(
 ): # (size,size) bool
     "The pixels of one shape"
     dy, dx = np.mgrid[:size, :size] - np.array([y, x])[:, None, None]
-    if angle: dy, dx = dy * math.cos(angle) - dx * math.sin(angle), dy * math.sin(angle) + dx * math.cos(angle)
+    if angle:
+        dy, dx = dy * math.cos(angle) - dx * math.sin(angle), dy * math.sin(angle) + dx * math.cos(
+            angle
+        )
     if label == 1: return np.maximum(abs(dy), abs(dx)) <= half
     if label == 2: return dy ** 2 + dx ** 2 <= half ** 2
     return (dy <= half) & (abs(dx) <= (dy + half) / math.sqrt(3))  # sides of equal length
@@ -117,9 +128,14 @@ class Level:
     texture: bool = False # stripes on shapes and background
     rotate: bool = False # any angle
 
-LEVELS = dict(classic=Level(), noise=Level(noise=25.), texture=Level(texture=True), rotation=Level(rotate=True),
+LEVELS = dict(
+    classic=Level(),
+    noise=Level(noise=25.0),
+    texture=Level(texture=True),
+    rotation=Level(rotate=True),
     crowded=Level(n_max=16, half_min=6, fraction=10, margin=6),
-    hard=Level(n_max=12, half_min=8, fraction=8, margin=8, noise=20., texture=True, rotate=True))
+    hard=Level(n_max=12, half_min=8, fraction=8, margin=8, noise=20.0, texture=True, rotate=True),
+)
 
 # %% ../nbs/02_shapes.ipynb #ed659e55
 def thin(
@@ -143,7 +159,9 @@ def place_shapes(
     labels = rng.integers(1, len(CLASSES), n)
     centres = rng.integers(level.margin, size - level.margin, (n, 2))
     halves = rng.integers(level.half_min, size // level.fraction + 1, n)
-    boxes = np.column_stack([centres[:, 1] - halves, centres[:, 0] - halves, 2 * halves, 2 * halves])
+    boxes = np.column_stack(
+        [centres[:, 1] - halves, centres[:, 0] - halves, 2 * halves, 2 * halves]
+    )
     return np.column_stack([labels, centres, halves])[thin(boxes.astype(float), level.overlap)]
 
 def stripes(
@@ -165,12 +183,16 @@ def draw_shapes(
     "One image of random shapes"
     level = level if isinstance(level, Level) else LEVELS[level]
     if size < max(level.fraction * level.half_min, 2 * level.margin + 1):
-        raise ValueError(f'size={size} is too small for this level; take at least {level.fraction * level.half_min}')
+        raise ValueError(
+            f'size={size} is too small for this level; take at least '
+            f'{level.fraction * level.half_min}'
+        )
     shapes = place_shapes(rng, size, level)
     colours = rng.integers(0, 256, (len(shapes) + 1, 3))  # the first is the background's
     angles = rng.uniform(0, 2 * math.pi, len(shapes)) if level.rotate else np.zeros(len(shapes))
     canvas = np.zeros((size, size), np.int32)
-    for i, (shape, angle) in enumerate(zip(shapes, angles)): canvas[draw_mask(*shape, size, angle)] = i + 1
+    for i, (shape, angle) in enumerate(zip(shapes, angles)):
+        canvas[draw_mask(*shape, size, angle)] = i + 1
     return Sample(paint(rng, canvas, colours, level), modal(canvas, shapes[:, 0]), name)
 
 def paint(
@@ -193,7 +215,9 @@ def modal(
 ): # Instances
     "The objects that can still be seen"
     instances = Instances.from_label_map(canvas)
-    return replace(instances, labels=np.asarray(labels, np.int64)[np.unique(canvas[canvas > 0]) - 1])
+    return replace(
+        instances, labels=np.asarray(labels, np.int64)[np.unique(canvas[canvas > 0]) - 1]
+    )
 
 def make_shapes(
     n, # images
@@ -203,7 +227,10 @@ def make_shapes(
 ): # list of Sample
     "Any number of images; the same seed gives the same images"
     tag = level if isinstance(level, str) else 'custom'
-    return [draw_shapes(np.random.default_rng([seed, i]), size, level, f'{tag}_{seed}_{i:04d}') for i in range(n)]
+    return [
+        draw_shapes(np.random.default_rng([seed, i]), size, level, f'{tag}_{seed}_{i:04d}')
+        for i in range(n)
+    ]
 
 # %% ../nbs/02_shapes.ipynb #3afc6218
 @dataclass(frozen=True)
@@ -258,15 +285,29 @@ def to_uint8(
     dyes=False, # scale each channel alone? (colours keep their relation)
 ): # same shape, uint8
     "Deep pixels in 8 bits; a few hot pixels do not make the others black"
-    if dyes: return np.stack([to_uint8(c, percentiles) for c in np.moveaxis(pixels, -1, 0)], -1)  # (H,W,C)
+    # (H,W,C)
+    if dyes:
+        return np.stack([to_uint8(c, percentiles) for c in np.moveaxis(pixels, -1, 0)], -1)
     known = pixels[np.isfinite(pixels)]  # floats may have holes
     if not len(known): return np.zeros(pixels.shape, np.uint8)
     low, high = np.percentile(known.astype(np.float64), percentiles)
-    if low == high: low, high = float(known.min()), float(known.max())  # hardly a pixel differs from the rest
+    # hardly a pixel differs from the rest
+    if low == high:
+        low, high = float(known.min()), float(known.max())
     x = (pixels - np.float64(low)) / ((high - low) or 1)
     return (np.nan_to_num(x, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning)
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 # %% ../nbs/02_shapes.ipynb #99ca1f02
 def is_tiff(
@@ -291,9 +332,16 @@ def picture_axes(
     if len(long) == 2 and not other: return long
     if len(long) == 3 and len(other) == 1:
         letter = axes[other[0]]
-        channel = other[0] if letter in 'CS' else min(long, key=lambda i: (shape[i], i not in other))
-        if letter in 'CS' or letter in 'QI' and shape[channel] <= most: return [i for i in long if i != channel] + [channel]
-    raise DataError(f"{name}: this is a stack ({'x'.join(map(str, shape))}, axes {axes}), and one picture is needed; save each plane, or the maximum over all planes, as a file of its own (channels need the axes CYX)")
+        channel = (
+            other[0] if letter in 'CS' else min(long, key=lambda i: (shape[i], i not in other))
+        )
+        if letter in 'CS' or letter in 'QI' and shape[channel] <= most:
+            return [i for i in long if i != channel] + [channel]
+    raise DataError(
+        f"{name}: this is a stack ({'x'.join(map(str, shape))}, axes {axes}), and one picture is "
+        f"needed; save each plane, or the maximum over all planes, as a file of its own (channels "
+        f"need the axes CYX)"
+    )
 
 # %% ../nbs/02_shapes.ipynb #dac206fe
 @contextmanager
@@ -368,12 +416,15 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            if is_tiff(file) and (pixels := read_tiff(file, name or file)) is not None: return pixels
+            if is_tiff(file) and (pixels := read_tiff(file, name or file)) is not None:
+                return pixels
             with Image.open(file) as im: return rgb(im)
     except FileNotFoundError: raise DataError(f'{name or file}: the image is missing; add the file or remove its entry') from None
     except DataError: raise
     except IMAGE_ERRORS as e:
-        raise DataError(f'{name or file}: the image cannot be read ({e}); replace it or remove its entry') from None
+        raise DataError(
+            f'{name or file}: the image cannot be read ({e}); replace it or remove its entry'
+        ) from None
 
 def rgb(
     im, # PIL image
@@ -409,7 +460,9 @@ def image_bytes(
     "A PNG file of three channels, a TIFF file of any other number"
     if image.shape[-1] == 3: return png_bytes(image)
     out = io.BytesIO()
-    tifffile.imwrite(out, np.moveaxis(image, -1, 0), photometric='minisblack', metadata=dict(axes='CYX'))
+    tifffile.imwrite(
+        out, np.moveaxis(image, -1, 0), photometric='minisblack', metadata=dict(axes='CYX')
+    )
     return out.getvalue()
 
 def image_name(
@@ -425,12 +478,34 @@ def coco_dict(
     "Images, objects and classes as COCO's json wants them"
     images, annotations = [], []
     for i, s in enumerate(samples, 1):
-        images.append(dict(id=i, file_name=image_name(s), height=int(s.image.shape[0]), width=int(s.image.shape[1])))
-        for box, label, crop, rle in zip(s.instances.boxes, s.instances.labels, s.instances.crops, s.instances.rles()):
+        images.append(
+            dict(
+                id=i,
+                file_name=image_name(s),
+                height=int(s.image.shape[0]),
+                width=int(s.image.shape[1]),
+            )
+        )
+        for box, label, crop, rle in zip(
+            s.instances.boxes, s.instances.labels, s.instances.crops, s.instances.rles()
+        ):
             x1, y1, x2, y2 = map(float, box)
-            annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=int(label), iscrowd=0,
-                area=int(crop.sum()), bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=rle))
-    return dict(images=images, annotations=annotations, categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i])
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=i,
+                    category_id=int(label),
+                    iscrowd=0,
+                    area=int(crop.sum()),
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                    segmentation=rle,
+                )
+            )
+    return dict(
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=i, name=c) for i, c in enumerate(classes) if i],
+    )
 
 def write_coco(
     samples, # list of Sample, names unique
@@ -442,7 +517,9 @@ def write_coco(
     folder, samples = Path(folder), list(samples)
     for s in samples: write_atomic(folder/'images'/image_name(s), image_bytes(s.image))
     path = folder/'annotations'/f'{split}.json'
-    write_atomic(path, (json.dumps(coco_dict(samples, classes), separators=(',', ':')) + '\n').encode())
+    write_atomic(
+        path, (json.dumps(coco_dict(samples, classes), separators=(',', ':')) + '\n').encode()
+    )
     return path
 
 # %% ../nbs/02_shapes.ipynb #e79bc528
@@ -542,13 +619,23 @@ def coco_rle(
     "Any COCO segmentation as one run-length code"
     if isinstance(segmentation, list):
         points = np.concatenate([np.asarray(p, float).ravel() for p in segmentation])
-        if not np.isfinite(points).all() or abs(points).max() > 100 * max(size): raise ValueError('polygon far outside the image')
-        if any(len(p) < 6 or len(p) % 2 for p in segmentation): raise ValueError('polygon of less than three points')
+        if not np.isfinite(points).all() or abs(points).max() > 100 * max(size):
+            raise ValueError('polygon far outside the image')
+        if any(len(p) < 6 or len(p) % 2 for p in segmentation):
+            raise ValueError('polygon of less than three points')
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     if tuple(segmentation['size']) != tuple(size):
-        raise DataError(f"{where}: the mask is {'x'.join(map(str, segmentation['size']))} but the image is {size[0]}x{size[1]}; export the masks in the image's size")
-    counts = segmentation['counts'] if isinstance(segmentation['counts'], list) else unpack_counts(segmentation['counts'])
-    if sum(counts) != size[0] * size[1] or min(counts) < 0: raise ValueError('run lengths that do not add up to the image')
+        raise DataError(
+            f"{where}: the mask is {'x'.join(map(str, segmentation['size']))} but the image is "
+            f"{size[0]}x{size[1]}; export the masks in the image's size"
+        )
+    counts = (
+        segmentation['counts']
+        if isinstance(segmentation['counts'], list)
+        else unpack_counts(segmentation['counts'])
+    )
+    if sum(counts) != size[0] * size[1] or min(counts) < 0:
+        raise ValueError('run lengths that do not add up to the image')
     return coco_mask.frPyObjects(dict(size=list(size), counts=counts), *size)
 
 def read_mask(
@@ -574,15 +661,21 @@ def fit_box(
     x, y, w, h = np.asarray(bbox, float)
     box = np.array([x, y, x + w, y + h])
     inside = box.clip(0, [size[1], size[0]] * 2)
-    if not (inside[2:] > inside[:2]).all(): return None, 'box outside the image or without area', 'object dropped'
+    if not (inside[2:] > inside[:2]).all():
+        return None, 'box outside the image or without area', 'object dropped'
     far = abs(inside - extent).max() > 2 + .1 * (extent[2:] - extent[:2]).max()
-    if abs(inside - box).max() > 1: return extent if far else inside, 'box reaches out of the image', 'clipped'
+    if abs(inside - box).max() > 1:
+        return extent if far else inside, 'box reaches out of the image', 'clipped'
     if far: return extent, 'box does not fit its mask', 'box taken from the mask'
     return inside, None, ''
 
 def four_numbers(x):
     "Is this a sound bbox?"
-    return isinstance(x, (list, tuple)) and len(x) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
+    return (
+        isinstance(x, (list, tuple))
+        and len(x) == 4
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
+    )
 
 def read_object(
     row, # an annotation of the json
@@ -591,7 +684,8 @@ def read_object(
 ): # (mask (H,W), box (4,)) or None, list of Fault
     "One object, and what was wrong with it"
     where = f"annotation {row['id']}"
-    if row.get('iscrowd'): return None, [Fault(file, f'{where}: a crowd, not one object', 'skipped')]
+    if row.get('iscrowd'):
+        return None, [Fault(file, f'{where}: a crowd, not one object', 'skipped')]
     mask = read_mask(row.get('segmentation'), size, f'{file}, {where}')
     if isinstance(mask, str): return None, [Fault(file, f'{where}: {mask}', 'object dropped')]
     crop, y, x = tight(mask)
@@ -613,7 +707,11 @@ class CocoReader:
         found = [(row, *read_object(row, record.size, record.path.name)) for row in record.objects]
         kept = [(row, *pair) for row, pair, _ in found if pair is not None]
         masks = np.array([m for _, m, _ in kept], bool).reshape(-1, *record.size)
-        instances = Instances.from_masks(masks, [self.labels[r['category_id']] for r, _, _ in kept], boxes=[b for _, _, b in kept])
+        instances = Instances.from_masks(
+            masks,
+            [self.labels[r['category_id']] for r, _, _ in kept],
+            boxes=[b for _, _, b in kept],
+        )
         return Sample(image, instances, record.name), [f for _, _, faults in found for f in faults]
 
 def read_coco(
@@ -629,8 +727,16 @@ def read_coco(
     folder = images_folder or find_images(path, [r['file_name'] for r in found['images']])
     records = {i: coco_image(row, folder, path) for i, row in images.items()}
     for row in found['annotations']:
-        if row['image_id'] not in records: raise DataError(f"{path}: annotation {row['id']} is of image {row['image_id']}, which is not in the list; add the image or remove the annotation")
-        if row['category_id'] not in categories: raise DataError(f"{path}: annotation {row['id']} has the unknown category {row['category_id']}; known are {sorted(categories)}")
+        if row['image_id'] not in records:
+            raise DataError(
+                f"{path}: annotation {row['id']} is of image {row['image_id']}, which is not in "
+                f"the list; add the image or remove the annotation"
+            )
+        if row['category_id'] not in categories:
+            raise DataError(
+                f"{path}: annotation {row['id']} has the unknown category {row['category_id']}; "
+                f"known are {sorted(categories)}"
+            )
         check_size(row, records[row['image_id']])
         records[row['image_id']].objects.append(row)
     names = {i: categories[i]['name'] for i in sorted(categories)}
@@ -644,7 +750,10 @@ def check_size(
     "A mask must have its image's size"
     size = row['segmentation'].get('size') if isinstance(row.get('segmentation'), dict) else None
     if size is not None and tuple(size) != record.size:
-        raise DataError(f"{record.path}: the mask of annotation {row['id']} is {size[0]}x{size[1]} but the image is {record.size[0]}x{record.size[1]}; export the masks in the image's size")
+        raise DataError(
+            f"{record.path}: the mask of annotation {row['id']} is {size[0]}x{size[1]} but the "
+            f"image is {record.size[0]}x{record.size[1]}; export the masks in the image's size"
+        )
 
 # %% ../nbs/02_shapes.ipynb #beaddf05
 def cache_folder(): # path
@@ -671,8 +780,16 @@ def check_members(
     "Every path of a zip must stay inside, and none may be a link"
     for m in archive.infolist():
         parts = m.filename.replace('\\', '/').split('/')
-        if '..' in parts or parts[0] == '' or ':' in parts[0] or stat.S_ISLNK(m.external_attr >> 16):
-            raise DataError(f'{path}: the member {m.filename!r} climbs out of the folder; nothing was unpacked, make the zip again')
+        if (
+            '..' in parts
+            or parts[0] == ''
+            or ':' in parts[0]
+            or stat.S_ISLNK(m.external_attr >> 16)
+        ):
+            raise DataError(
+                f'{path}: the member {m.filename!r} climbs out of the folder; nothing was '
+                f'unpacked, make the zip again'
+            )
 
 def build_folder(
     final, # path of the folder to be
@@ -694,12 +811,18 @@ def open_data(
     "A folder as it is, a zip unpacked into the cache"
     path = Path(path)
     if path.is_dir(): return path
-    if not path.exists(): raise DataError(f'{path}: there is no such folder or file; check the path')
-    if not zipfile.is_zipfile(path): raise DataError(f'{path}: this is neither a folder nor a zip; give one of them')
+    if not path.exists():
+        raise DataError(f'{path}: there is no such folder or file; check the path')
+    if not zipfile.is_zipfile(path):
+        raise DataError(f'{path}: this is neither a folder nor a zip; give one of them')
     folder = cache_folder()/f'{path.stem}_{file_key(path)}'
     if not folder.is_dir(): unpack(path, folder)
     inner = [p for p in folder.iterdir() if p.name != '__MACOSX']
-    return inner[0] if len(inner) == 1 and inner[0].is_dir() and inner[0].name not in ('images', 'annotations') else folder
+    return (
+        inner[0]
+        if len(inner) == 1 and inner[0].is_dir() and inner[0].name not in ('images', 'annotations')
+        else folder
+    )
 
 def unpack(
     path, # of a zip
@@ -719,9 +842,17 @@ def split_files(
 ): # train json or None, valid json or None, all jsons
     "The jsons of a COCO folder"
     folder = Path(folder)
-    jsons = sorted((folder/'annotations').glob('*.json')) or sorted(folder.glob('annotations*.json'))
-    if not jsons: raise DataError(f'{folder}: no annotations.json and no annotations/*.json; a COCO folder holds images/ and one of these')
-    pick = lambda word: next((p for p in sorted(jsons, key=lambda p: len(p.stem)) if word in p.stem.lower()), None)
+    jsons = sorted((folder / 'annotations').glob('*.json')) or sorted(
+        folder.glob('annotations*.json')
+    )
+    if not jsons:
+        raise DataError(
+            f'{folder}: no annotations.json and no annotations/*.json; a COCO folder holds '
+            f'images/ and one of these'
+        )
+    pick = lambda word: next(
+        (p for p in sorted(jsons, key=lambda p: len(p.stem)) if word in p.stem.lower()), None
+    )
     return pick('train'), pick('val'), jsons
 
 def join(
@@ -730,12 +861,17 @@ def join(
     "Several datasets as one"
     first = datasets[0]
     for d in datasets[1:]: same_classes(first, d)
-    return InstanceDataset([r for d in datasets for r in d.records], first.classes, first.read, first.store is not None)
+    return InstanceDataset(
+        [r for d in datasets for r in d.records], first.classes, first.read, first.store is not None
+    )
 
 def same_classes(a, b):
     "Two splits must agree on their classes"
     if a.classes != b.classes or a.read != b.read:
-        raise DataError(f'the categories of the splits differ: {a.classes[1:]} and {b.classes[1:]}; give all jsons the same categories with the same ids')
+        raise DataError(
+            f'the categories of the splits differ: {a.classes[1:]} and {b.classes[1:]}; give all '
+            f'jsons the same categories with the same ids'
+        )
 
 def load_splits(
     path, # COCO folder or zip
@@ -749,8 +885,13 @@ def load_splits(
         same_classes(*both)
         return both
     whole = join([read_coco(p) for p in ([train] if train else jsons)])
-    if len(whole) < 2: raise DataError(f'{path}: a split needs at least two images, found {len(whole)}; add images')
-    order, n = np.random.default_rng(seed).permutation(len(whole)), max(1, round(len(whole) * valid))
+    if len(whole) < 2:
+        raise DataError(
+            f'{path}: a split needs at least two images, found {len(whole)}; add images'
+        )
+    order, n = np.random.default_rng(seed).permutation(len(whole)), max(
+        1, round(len(whole) * valid)
+    )
     return whole.subset(np.sort(order[n:])), whole.subset(np.sort(order[:n]))
 
 # %% ../nbs/02_shapes.ipynb #5af561a1

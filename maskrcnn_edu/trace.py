@@ -26,7 +26,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from .boxes import box_iou, clip, decode, full_frame
 from .box_loss import of_class
-from .core import COLOURS, ROLE_COLOURS, show_boxes, show_diagram, show_image, show_instances, show_masks, to_array
+from maskrcnn_edu.core import (
+    COLOURS,
+    ROLE_COLOURS,
+    show_boxes,
+    show_diagram,
+    show_image,
+    show_instances,
+    show_masks,
+    to_array,
+)
 from .data import write_atomic
 from .instances import to_instances
 from .mask_rcnn import MaskRCNN, Noise, frame_of
@@ -54,7 +63,9 @@ def row_of(
     "The numbers of one tensor; an empty one has none."
     x = t.detach().double().flatten()
     numbers = x[~x.isnan()]
-    least, mean, most = (f(numbers).item() if len(numbers) else math.nan for f in (torch.min, torch.mean, torch.max))
+    least, mean, most = (
+        f(numbers).item() if len(numbers) else math.nan for f in (torch.min, torch.mean, torch.max)
+    )
     return Row(name, tuple(t.shape), str(t.dtype).removeprefix('torch.'), least, mean, most,
                (x == 0).double().mean().item() if len(x) else math.nan, int(x.isnan().sum()))
 
@@ -63,13 +74,32 @@ class Table(list):
     "Rows that Jupyter shows as a table."
     def texts(self) -> list[tuple[str, ...]]:
         "Every number as it is written."
-        return [(r.name, ', '.join(map(str, r.shape)) or 'one number', r.dtype, f'{r.least:.4g}', f'{r.mean:.4g}', f'{r.most:.4g}',
-                 f'{r.zeros:.0%}', str(r.nans)) for r in self]
+        return [
+            (
+                r.name,
+                ', '.join(map(str, r.shape)) or 'one number',
+                r.dtype,
+                f'{r.least:.4g}',
+                f'{r.mean:.4g}',
+                f'{r.most:.4g}',
+                f'{r.zeros:.0%}',
+                str(r.nans),
+            )
+            for r in self
+        ]
 
     def _repr_html_(self):
-        line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
+        line = (
+            lambda cells, tag: '<tr>'
+            + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)
+            + '</tr>'
+        )
         head = line(('tensor', 'shape', 'type', 'least', 'mean', 'most', 'zeros', 'NaNs'), 'th')
-        return f'<table><thead>{head}</thead><tbody>' + ''.join(line(r, 'td') for r in self.texts()) + '</tbody></table>'
+        return (
+            f'<table><thead>{head}</thead><tbody>'
+            + ''.join(line(r, 'td') for r in self.texts())
+            + '</tbody></table>'
+        )
 
     def __repr__(self): return '\n'.join('  '.join(r) for r in self.texts())
 
@@ -82,7 +112,8 @@ def parts_of(
 ) -> dict[str, Tensor]:  # 'proposals.scores' -> tensor
     "The tensors of one note, each with a name."
     if isinstance(value, Tensor): return {name: value}
-    if isinstance(value, list): return {f'{LEVELS.get(name, name)}{i}': t for i, t in enumerate(value, 2)}
+    if isinstance(value, list):
+        return {f'{LEVELS.get(name, name)}{i}': t for i, t in enumerate(value, 2)}
     if hasattr(value, '_asdict'): value = value._asdict()
     return {f'{name}.{k}': t for k, t in value.items()} if isinstance(value, dict) else {}
 
@@ -117,7 +148,9 @@ class Trace:
 
     def tensors(self) -> dict[str, Tensor]:
         "Every tensor by its name, in the order in which the model made them."
-        return {k: t for name, value in self.notes.items() for k, t in parts_of(name, value).items()}
+        return {
+            k: t for name, value in self.notes.items() for k, t in parts_of(name, value).items()
+        }
 
 # %% ../nbs/40_trace.ipynb #2889dde2a
 @torch.no_grad()
@@ -134,7 +167,9 @@ def trace_model(
     truth = (boxes, labels, masks)
     given = [t is not None for t in truth]
     if any(given) and not all(given):
-        raise ValueError('training needs boxes, labels and masks: give all three, or none to predict.')
+        raise ValueError(
+            'training needs boxes, labels and masks: give all three, or none to predict.'
+        )
     with in_eval(model), noting_bottom_up(model), listening(model) as notes:
         if all(given): model(images, *truth, noise)
         else: model.predict(images)
@@ -145,7 +180,9 @@ def trace_model(
 def noting_bottom_up(model: MaskRCNN):
     "C2 to C5 are noted too, where the backbone has a body that gives them."
     body = getattr(model.backbone, 'body', None)
-    hook = body and body.register_forward_hook(lambda module, args, out: model.note(bottom_up=list(out)))
+    hook = body and body.register_forward_hook(
+        lambda module, args, out: model.note(bottom_up=list(out))
+    )
     try: yield
     finally:
         if hook: hook.remove()
@@ -176,7 +213,10 @@ def ground(ax, t, i, title=None, light=.55):
 def say(ax, title: str, text=''):
     "A title, and a sentence where there is nothing to draw."
     ax.set_title(title, fontsize=10)
-    if text: ax.text(.5, .5, text, ha='center', va='center', fontsize=9, transform=ax.transAxes, wrap=True)
+    if text:
+        ax.text(
+            0.5, 0.5, text, ha='center', va='center', fontsize=9, transform=ax.transAxes, wrap=True
+        )
 
 
 def heat(ax, x, title='', **kwargs):
@@ -189,8 +229,20 @@ def heat(ax, x, title='', **kwargs):
 def key(ax, **lines):
     "A legend below: words=(role or colour, line style)."
     if not lines: return
-    handles = [Line2D([], [], color=ROLE_COLOURS.get(c, c), ls=s, label=k.replace('_', ' ')) for k, (c, s) in lines.items()]
-    ax.legend(handles=handles, loc='upper center', bbox_to_anchor=(.5, 0), fontsize=8, ncols=2, facecolor='#475569', labelcolor='white', handlelength=2.6)
+    handles = [
+        Line2D([], [], color=ROLE_COLOURS.get(c, c), ls=s, label=k.replace('_', ' '))
+        for k, (c, s) in lines.items()
+    ]
+    ax.legend(
+        handles=handles,
+        loc='upper center',
+        bbox_to_anchor=(0.5, 0),
+        fontsize=8,
+        ncols=2,
+        facecolor='#475569',
+        labelcolor='white',
+        handlelength=2.6,
+    )
 
 
 def name_of(t, label) -> str:
@@ -206,7 +258,11 @@ def draw_data(t, i) -> Figure:
         filled = t['gt']['labels'][i] > 0
         show_image(t['images'][i], axes[1], f'truth: {filled.sum()} objects')
         show_masks(t['gt']['masks'][i][filled], axes[1])
-        show_boxes(t['gt']['boxes'][i][filled], axes[1], labels=[name_of(t, x) for x in t['gt']['labels'][i][filled]])
+        show_boxes(
+            t['gt']['boxes'][i][filled],
+            axes[1],
+            labels=[name_of(t, x) for x in t['gt']['labels'][i][filled]],
+        )
     return fig
 
 
@@ -222,7 +278,11 @@ def draw_maps(maps, i, letter) -> Figure:
 
 def draw_bottom_up(t, i) -> Figure:
     "Activations of C2..C5."
-    return draw_maps(t['bottom_up'], i, 'C') if 'bottom_up' in t else nothing('this backbone has no maps of its own to show')
+    return (
+        draw_maps(t['bottom_up'], i, 'C')
+        if 'bottom_up' in t
+        else nothing('this backbone has no maps of its own to show')
+    )
 
 def draw_features(t, i) -> Figure:
     "Activations of P2..P6."
@@ -246,7 +306,10 @@ def draw_anchors(t, i) -> Figure:
         centre = first + (h // 2 * w + w // 2) * k
         boxes = t['anchors'][centre:centre + k]
         show_boxes(boxes, ax, role=COLOURS[n % 8], style=STYLES[n % 5])
-        lines[f'P{n + 2}, {(boxes[0, 2:] - boxes[0, :2]).prod().sqrt():.0f} pixels'] = COLOURS[n % 8], STYLES[n % 5]
+        lines[f'P{n + 2}, {(boxes[0, 2:] - boxes[0, :2]).prod().sqrt():.0f} pixels'] = (
+            COLOURS[n % 8],
+            STYLES[n % 5],
+        )
         first += count
     height, width = t['images'].shape[-2:]
     ax.set(xlim=(-.25 * width, 1.25 * width), ylim=(1.25 * height, -.25 * height))
@@ -261,9 +324,20 @@ def draw_rpn_head(t, i) -> Figure:
     levels = t['objectness'][i].sigmoid().split(t['level_sizes'])
     fig, axes = panels(len(levels) + 2, side=2.5)
     for n, (ax, sure, f) in enumerate(zip(axes, levels, t['features'])):
-        heat(ax, sure.view(*f.shape[-2:], -1).amax(-1), f'P{n + 2}, most {sure.max():.2f}', vmin=0, vmax=1)
+        heat(
+            ax,
+            sure.view(*f.shape[-2:], -1).amax(-1),
+            f'P{n + 2}, most {sure.max():.2f}',
+            vmin=0,
+            vmax=1,
+        )
     top = t['objectness'][i].topk(min(50, len(t['anchors']))).indices
-    show_boxes(t['anchors'][top], ground(axes[-2], t, i, f'{len(top)} surest anchors'), role='anchor', linewidth=.7)
+    show_boxes(
+        t['anchors'][top],
+        ground(axes[-2], t, i, f'{len(top)} surest anchors'),
+        role='anchor',
+        linewidth=0.7,
+    )
     draw_deltas(axes[-1], t['deltas'][i][top], f'deltas of these {len(top)}')
     return fig
 
@@ -271,7 +345,16 @@ def draw_rpn_head(t, i) -> Figure:
 def draw_deltas(ax, deltas, title):
     "Four histograms in one."
     ax.set_axis_on(); ax.tick_params(labelsize=8); say(ax, title)
-    for n, values in enumerate(deltas.T): ax.hist(values[values.isfinite()].numpy(), bins=15, histtype='step', lw=1.6, color=f'C{n}', ls=STYLES[n], label=DELTAS[n])
+    for n, values in enumerate(deltas.T):
+        ax.hist(
+            values[values.isfinite()].numpy(),
+            bins=15,
+            histtype='step',
+            lw=1.6,
+            color=f'C{n}',
+            ls=STYLES[n],
+            label=DELTAS[n],
+        )
     ax.legend(fontsize=8)
 
 # %% ../nbs/40_trace.ipynb #88a82118
@@ -302,7 +385,9 @@ def draw_bars(ax, losses, names):
     bars = ax.barh(range(len(names)), values, color='#86bf82', edgecolor='#334155')
     ax.bar_label(bars, [f'{v:.3g}' for v in values], padding=3, fontsize=9)
     ax.set_yticks(range(len(names)), [n.removeprefix('loss_') for n in names], fontsize=9)
-    ax.invert_yaxis(); ax.set_xticks([]); ax.set_xlim(0, max([v for v in values if math.isfinite(v)], default=0) * 1.3 or 1)
+    ax.invert_yaxis()
+    ax.set_xticks([])
+    ax.set_xlim(0, max([v for v in values if math.isfinite(v)], default=0) * 1.3 or 1)
     say(ax, 'losses of the batch')
 
 
@@ -310,7 +395,16 @@ def draw_sureness(ax, groups, title):
     "Histograms of probabilities: words=(values, colour, line style)."
     ax.set_axis_on(); ax.tick_params(labelsize=8); ax.set_yscale('log'); say(ax, title)
     for word, (values, colour, style) in groups.items():
-        ax.hist(values[values.isfinite()].numpy(), bins=20, range=(0, 1), histtype='step', lw=1.8, color=colour, ls=style, label=f'{word} ({len(values)})')
+        ax.hist(
+            values[values.isfinite()].numpy(),
+            bins=20,
+            range=(0, 1),
+            histtype='step',
+            lw=1.8,
+            color=colour,
+            ls=style,
+            label=f'{word} ({len(values)})',
+        )
     ax.legend(fontsize=8)
 
 
@@ -319,7 +413,14 @@ def draw_rpn_loss(t, i) -> Figure:
     fig, axes = panels(2, side=3.4)
     draw_bars(axes[0], t['losses'], ['loss_objectness', 'loss_rpn_box_reg'])
     sure, labels = t['objectness'][i].sigmoid(), t['rpn_targets'].labels[i]
-    draw_sureness(axes[1], dict(positive=(sure[labels == 1], '#15803d', '-'), negative=(sure[labels == 0], '#dc2626', '--')), 'objectness of the anchors asked')
+    draw_sureness(
+        axes[1],
+        dict(
+            positive=(sure[labels == 1], '#15803d', '-'),
+            negative=(sure[labels == 0], '#dc2626', '--'),
+        ),
+        'objectness of the anchors asked',
+    )
     return fig
 
 
@@ -329,7 +430,14 @@ def draw_box_loss(t, i) -> Figure:
     draw_bars(axes[0], t['losses'], ['loss_classifier', 'loss_box_reg'])
     labels = t['head_targets'].labels[i]
     sure = of_class(t['class_logits'][i].softmax(-1)[None], labels[None])[0]
-    draw_sureness(axes[1], dict(object=(sure[labels > 0], '#15803d', '-'), background=(sure[labels == 0], '#dc2626', '--')), 'probability of the right class')
+    draw_sureness(
+        axes[1],
+        dict(
+            object=(sure[labels > 0], '#15803d', '-'),
+            background=(sure[labels == 0], '#dc2626', '--'),
+        ),
+        'probability of the right class',
+    )
     return fig
 
 # %% ../nbs/40_trace.ipynb #c89744a6
@@ -382,18 +490,36 @@ def draw_nms(t, i) -> Figure:
 def draw_rpn(t, i) -> Figure:
     "Recall of anchors, refined anchors and proposals; without truth the scores of the proposals."
     p, fig, (picture, ax) = t['proposals'], *panels(2, side=3.4)
-    valid, truth = p.valid[i], t['gt']['boxes'][i][t['gt']['labels'][i] > 0] if t.training else torch.zeros(0, 4)
-    show_boxes(p.boxes[i][valid][:20], ground(picture, t, i, '20 surest proposals'), role='proposal', linewidth=.9)
+    valid, truth = p.valid[i], (
+        t['gt']['boxes'][i][t['gt']['labels'][i] > 0] if t.training else torch.zeros(0, 4)
+    )
+    show_boxes(
+        p.boxes[i][valid][:20],
+        ground(picture, t, i, '20 surest proposals'),
+        role='proposal',
+        linewidth=0.9,
+    )
     ax.set_axis_on(); ax.tick_params(labelsize=8)
     if not len(truth):
-        ax.plot(p.scores[i][valid].numpy(), '.-'); ax.set(xlabel='rank', ylim=(0, 1.03)); say(ax, f'scores of the {valid.sum()} proposals')
+        ax.plot(p.scores[i][valid].numpy(), '.-')
+        ax.set(xlabel='rank', ylim=(0, 1.03))
+        say(ax, f'scores of the {valid.sum()} proposals')
         return fig
     ious = torch.linspace(0, 1, 101)
     refined = inside(t, decode(t['deltas'][i], t['anchors']))
-    for (word, boxes), style in zip(dict(anchors=t['anchors'], refined=refined, proposals=p.boxes[i][valid]).items(), STYLES):
+    for (word, boxes), style in zip(
+        dict(anchors=t['anchors'], refined=refined, proposals=p.boxes[i][valid]).items(), STYLES
+    ):
         best = box_iou(truth, boxes).amax(1) if len(boxes) else torch.zeros(len(truth))
-        ax.plot(ious.numpy(), (best[:, None] >= ious).float().mean(0).numpy(), ls=style, label=f'{word}, mean {best.mean():.2f}')
-    ax.set(xlabel='IoU at least', ylim=(-.03, 1.03)); ax.legend(fontsize=8); say(ax, 'share of the objects covered')
+        ax.plot(
+            ious.numpy(),
+            (best[:, None] >= ious).float().mean(0).numpy(),
+            ls=style,
+            label=f'{word}, mean {best.mean():.2f}',
+        )
+    ax.set(xlabel='IoU at least', ylim=(-.03, 1.03))
+    ax.legend(fontsize=8)
+    say(ax, 'share of the objects covered')
     return fig
 
 # %% ../nbs/40_trace.ipynb #2f0e5c8b
@@ -402,7 +528,11 @@ def crop(ax, t, i, roi, title=''):
     height, width = t['images'].shape[-2:]
     x1, y1, x2, y2 = roi.nan_to_num().tolist()
     ground(ax, t, i, title, light=1.)
-    ax.set(xlim=(max(x1, 0) - .5, max(min(x2, width), x1 + 1) - .5), ylim=(max(min(y2, height), y1 + 1) - .5, max(y1, 0) - .5), aspect='auto')
+    ax.set(
+        xlim=(max(x1, 0) - 0.5, max(min(x2, width), x1 + 1) - 0.5),
+        ylim=(max(min(y2, height), y1 + 1) - 0.5, max(y1, 0) - 0.5),
+        aspect='auto',
+    )
 
 
 def draw_head_targets(t, i) -> Figure:
@@ -411,15 +541,39 @@ def draw_head_targets(t, i) -> Figure:
     rois, labels = target.rois[i], target.labels[i]
     yes, no = labels > 0, labels == 0
     for ax in axes[:3]: ground(ax, t, i)
-    show_boxes(rois[no], axes[0], role='negative', style=':', linewidth=.8); say(axes[0], f'{no.sum()} background')
-    for label in labels[yes].unique(): show_boxes(rois[labels == label], axes[1], role=COLOURS[label % 8], style=STYLES[label % 5], linewidth=1)
+    show_boxes(rois[no], axes[0], role='negative', style=':', linewidth=.8)
+    say(axes[0], f'{no.sum()} background')
+    for label in labels[yes].unique():
+        show_boxes(
+            rois[labels == label],
+            axes[1],
+            role=COLOURS[label % 8],
+            style=STYLES[label % 5],
+            linewidth=1,
+        )
     say(axes[1], f'{yes.sum()} positive, by class')
-    key(axes[1], **{f'{name_of(t, n)}, {(labels == n).sum()}': (COLOURS[n % 8], STYLES[n % 5]) for n in labels[yes].unique()})
+    key(
+        axes[1],
+        **{
+            f'{name_of(t, n)}, {(labels == n).sum()}': (COLOURS[n % 8], STYLES[n % 5])
+            for n in labels[yes].unique()
+        },
+    )
     show_boxes(rois[yes], axes[2], role='proposal', style='--', linewidth=.8)
-    show_boxes(decode(target.target_deltas[i], rois, t.config.head.weights)[yes], axes[2], role='positive')
-    say(axes[2], 'where they should go'); key(axes[2], roi=('proposal', '--'), target=('positive', '-'))
+    show_boxes(
+        decode(target.target_deltas[i], rois, t.config.head.weights)[yes], axes[2], role='positive'
+    )
+    say(axes[2], 'where they should go')
+    key(axes[2], roi=('proposal', '--'), target=('positive', '-'))
     shown = yes.nonzero()[:, 0][:len(target.target_masks[i])].tolist()
-    draw_roi_masks(t, i, axes[3:], rois, {n: target.target_masks[i][n] for n in shown}, [name_of(t, labels[n]) for n in shown])
+    draw_roi_masks(
+        t,
+        i,
+        axes[3:],
+        rois,
+        {n: target.target_masks[i][n] for n in shown},
+        [name_of(t, labels[n]) for n in shown],
+    )
     return fig
 
 
@@ -428,7 +582,16 @@ def draw_roi_masks(t, i, axes, rois, masks, titles):
     for ax, (n, mask), title in zip(axes, masks.items(), titles):
         crop(ax, t, i, rois[n], f'roi {n}: {title}')
         x1, y1, x2, y2 = (rois[n].nan_to_num() - .5).tolist()
-        heat(ax, mask, f'roi {n}: {title}', extent=(x1, x2, y2, y1), vmin=0, vmax=1, alpha=.65, aspect='auto')
+        heat(
+            ax,
+            mask,
+            f'roi {n}: {title}',
+            extent=(x1, x2, y2, y1),
+            vmin=0,
+            vmax=1,
+            alpha=0.65,
+            aspect='auto',
+        )
     if not masks: say(axes[0], 'mask targets', 'no positive roi in this image')
 
 # %% ../nbs/40_trace.ipynb #95c73f4f
@@ -441,7 +604,10 @@ def surest(t, i, n=4) -> list[int]:
 def draw_roi_align(t, i) -> Figure:
     "Rois as the image has them, and as the heads get them: 7x7 and 14x14."
     fig, axes = panels(16, side=1.9)
-    rows = ((axes[:8], 'rois', 'roi_features', surest(t, i)), (axes[8:], 'mask_rois', 'mask_features', t['mask_filled'][i].nonzero()[:4, 0].tolist()))
+    rows = (
+        (axes[:8], 'rois', 'roi_features', surest(t, i)),
+        (axes[8:], 'mask_rois', 'mask_features', t['mask_filled'][i].nonzero()[:4, 0].tolist()),
+    )
     for places, rois, pieces, shown in rows:
         if not shown: say(places[0], pieces, 'none is filled')
         for above, below, n in zip(places, places[4:], shown):
@@ -459,16 +625,37 @@ def draw_box_head(t, i) -> Figure:
     ground(ax, t, i, f'the {len(shown)} surest rois, refined')
     if not shown: say(grid, 'probabilities', 'no roi is filled'); return fig
     label = probability[shown][:, 1:].argmax(1) + 1
-    boxes = decode(of_class(t['box_deltas'][i][shown][None], label[None])[0], t['rois'][i][shown], t.config.head.weights)
+    boxes = decode(
+        of_class(t['box_deltas'][i][shown][None], label[None])[0],
+        t['rois'][i][shown],
+        t.config.head.weights,
+    )
     show_boxes(t['rois'][i][shown], ax, role='proposal', style='--', linewidth=.8)
     show_boxes(inside(t, boxes), ax, role='prediction')
     key(ax, roi=('proposal', '--'), after_the_deltas=('prediction', '-'))
     classes = probability[shown].amax(0).topk(min(8, probability.shape[1])).indices.sort().values
     grid.set_axis_on()
-    heat(grid, probability[shown][:, classes], 'probability of each class', vmin=0, vmax=1, aspect='auto')
+    heat(
+        grid,
+        probability[shown][:, classes],
+        'probability of each class',
+        vmin=0,
+        vmax=1,
+        aspect='auto',
+    )
     for y, row in enumerate(probability[shown][:, classes]):
-        for x, v in enumerate(row.tolist()): grid.text(x, y, f'{v:.2f}', ha='center', va='center', fontsize=7, color='black' if v > .6 else 'white')
-    grid.set_xticks(range(len(classes)), [name_of(t, n) for n in classes], fontsize=8, rotation=20); grid.set_yticks(range(len(shown)), shown, fontsize=7)
+        for x, v in enumerate(row.tolist()):
+            grid.text(
+                x,
+                y,
+                f'{v:.2f}',
+                ha='center',
+                va='center',
+                fontsize=7,
+                color='black' if v > 0.6 else 'white',
+            )
+    grid.set_xticks(range(len(classes)), [name_of(t, n) for n in classes], fontsize=8, rotation=20)
+    grid.set_yticks(range(len(shown)), shown, fontsize=7)
     grid.set_ylabel('roi', fontsize=8)
     return fig
 
@@ -477,7 +664,15 @@ def detected(t, i, min_score=0.):
     "The detections of one image as objects."
     d = t['detections']
     boxes, labels, scores, masks = d.values() if isinstance(d, dict) else d
-    return to_instances(boxes[i], labels[i], scores[i], masks[i], t['images'].shape[-2:], min_score, aligned=t.config.head.aligned)
+    return to_instances(
+        boxes[i],
+        labels[i],
+        scores[i],
+        masks[i],
+        t['images'].shape[-2:],
+        min_score,
+        aligned=t.config.head.aligned,
+    )
 
 
 def draw_detections(t, i) -> Figure:
@@ -486,13 +681,25 @@ def draw_detections(t, i) -> Figure:
     over = (probability > t.config.detection.min_score) & t['filled'][i][:, None]
     fig, axes = panels(3, side=3.3)
     ground(axes[0], t, i, f'{over.sum()} answers over {t.config.detection.min_score:g}')
-    boxes = inside(t, decode(t['box_deltas'][i][:, 1:], t['rois'][i][:, None], t.config.head.weights))[over]
+    boxes = inside(
+        t, decode(t['box_deltas'][i][:, 1:], t['rois'][i][:, None], t.config.head.weights)
+    )[over]
     show_boxes(boxes[:200], axes[0], role='prediction', linewidth=.6)
     show_instances(t['images'][i], found, axes[1], t.names, f'{len(found)} after NMS in each class')
-    counts = {'rois': t['filled'][i].sum(), f'over {t.config.detection.min_score:g}': over.sum(), 'detections': len(found), 'over 0.5': (found.scores > .5).sum()}
+    counts = {
+        'rois': t['filled'][i].sum(),
+        f'over {t.config.detection.min_score:g}': over.sum(),
+        'detections': len(found),
+        'over 0.5': (found.scores > 0.5).sum(),
+    }
     axes[2].set_axis_on(); axes[2].tick_params(labelsize=8)
-    bars = axes[2].barh(list(counts), [int(v) for v in counts.values()], color='#a78bda', edgecolor='#334155')
-    axes[2].bar_label(bars, padding=3, fontsize=9); axes[2].invert_yaxis(); axes[2].margins(x=.18); say(axes[2], 'left at each step')
+    bars = axes[2].barh(
+        list(counts), [int(v) for v in counts.values()], color='#a78bda', edgecolor='#334155'
+    )
+    axes[2].bar_label(bars, padding=3, fontsize=9)
+    axes[2].invert_yaxis()
+    axes[2].margins(x=.18)
+    say(axes[2], 'left at each step')
     return fig
 
 # %% ../nbs/40_trace.ipynb #6a2f4e0f
@@ -501,7 +708,8 @@ def draw_mask_head(t, i) -> Figure:
     shown = t['mask_filled'][i].nonzero()[:4, 0].tolist()
     if not shown: return nothing('no mask was asked for in this image')
     label = (t['head_targets'].labels if t.training else t['detections.labels'])[i]
-    sure = t['mask_logits'][i].sigmoid()                                                    # (M, K, 28, 28)
+    # (M, K, 28, 28)
+    sure = t['mask_logits'][i].sigmoid()
     n = min(4, sure.shape[1] - 1)
     fig, axes = panels(len(shown) * (n + 1), ncols=n + 1, side=1.9)
     for row, roi in enumerate(shown):
@@ -522,7 +730,12 @@ def draw_mask_loss(t, i) -> Figure:
         label, target = t['head_targets'].labels[i][roi], t['head_targets'].target_masks[i][roi]
         logits = t['mask_logits'][i][roi, label]
         pays = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-        for ax, x, title, top in zip(axes[4 * n + 1:], (target, logits.sigmoid(), pays), (f'roi {roi}, target', name_of(t, label), f'pays, mean {pays.mean():.2f}'), (1, 1, None)):
+        for ax, x, title, top in zip(
+            axes[4 * n + 1 :],
+            (target, logits.sigmoid(), pays),
+            (f'roi {roi}, target', name_of(t, label), f'pays, mean {pays.mean():.2f}'),
+            (1, 1, None),
+        ):
             heat(ax, x, title, vmin=0, vmax=top)
     return fig
 
@@ -533,7 +746,12 @@ def draw_whole(t, i) -> Figure:
     show_image(t['images'][i], axes[0], 'image')
     if t.training: show_boxes(t['gt']['boxes'][i][t['gt']['labels'][i] > 0], axes[0])
     valid = t['proposals'].valid[i]
-    show_boxes(t['proposals'].boxes[i][valid][:50], ground(axes[1], t, i, f'{valid.sum()} proposals, first 50'), role='proposal', linewidth=.8)
+    show_boxes(
+        t['proposals'].boxes[i][valid][:50],
+        ground(axes[1], t, i, f'{valid.sum()} proposals, first 50'),
+        role='proposal',
+        linewidth=0.8,
+    )
     if t.training: draw_bars(axes[2], t['losses'], list(t['losses'])); return fig
     found = detected(t, i, .5)
     show_instances(t['images'][i], found, axes[2], t.names, f'{len(found)} objects over 0.5')
@@ -549,30 +767,153 @@ class Box(NamedTuple):
 
 
 BOXES = dict(
-    mask_rcnn=Box('19_mask_rcnn', ('images', 'proposals', 'losses', 'detections'), draw_whole, 'The image, the first proposals, and the answer: losses in training, objects in prediction.'),
-    data=Box('02_shapes', ('images', 'gt'), draw_data, 'The image as the network gets it, and in training the objects marked in it.'),
-    anchors=Box('03_anchors', ('anchors',), draw_anchors, 'The anchors of the centre cell of every level, drawn over the image.'),
-    resnet=Box('04_resnet', ('bottom_up',), draw_bottom_up, 'Activations of C2 to C5: the mean size over the channels, and the channel that differs most from place to place.'),
-    fpn=Box('05_fpn', ('features',), draw_features, 'Activations of P2 to P6: the mean size over the channels, and the channel that differs most from place to place.'),
-    rpn_head=Box('06_rpn_head', ('objectness', 'deltas'), draw_rpn_head, 'Objectness at every cell of every level, the surest anchors, and histograms of their deltas.'),
-    rpn_targets=Box('07_rpn_targets', ('rpn_targets',), draw_rpn_targets, 'Positive anchors and the boxes they should become, negative anchors, and ignored ones near the objects.'),
-    rpn_loss=Box('08_rpn_loss', ('losses', 'rpn_targets'), draw_rpn_loss, 'The two losses of the RPN, and how sure it was of positive and of negative anchors.'),
-    nms=Box('09_nms', ('proposals',), draw_nms, 'Of the surest boxes, those that are struck and those that stay.'),
-    proposals=Box('10_proposals', ('proposals',), draw_proposals, 'The surest anchors and their refined boxes, the same cut at the border, and the proposals after suppression.'),
-    rpn=Box('11_rpn', ('anchors', 'objectness', 'deltas', 'proposals'), draw_rpn, 'The surest proposals, and how well they cover the objects; without truth, their scores by rank.'),
-    roi_align=Box('12_roi_align', ('rois', 'roi_features', 'mask_rois', 'mask_features'), draw_roi_align, 'Rois cut out of the image, and the pieces of the feature maps that the heads get for them.'),
-    head_targets=Box('13_head_targets', ('head_targets',), draw_head_targets, 'Rois of the background and of each class, where the positives should go, and the masks they should draw.'),
-    box_head=Box('14_box_head', ('class_logits', 'box_deltas'), draw_box_head, 'The surest rois before and after their deltas, and the probability of every class for each.'),
-    box_loss=Box('15_box_loss', ('losses', 'head_targets'), draw_box_loss, 'The two losses of the box head, and the probability it gave to the right class.'),
-    mask_head=Box('16_mask_head', ('mask_logits',), draw_mask_head, 'For some rois the piece of the image and a mask for each class; a star marks the class that counts.'),
-    mask_loss=Box('17_mask_loss', ('losses', 'head_targets', 'mask_logits'), draw_mask_loss, 'The mask loss, and for some rois the target, the mask drawn, and what every bin pays.'),
-    detections=Box('18_detections', ('detections',), draw_detections, 'All answers over the least score, the detections with their masks, and how many are left at each step.'))
+    mask_rcnn=Box(
+        '19_mask_rcnn',
+        ('images', 'proposals', 'losses', 'detections'),
+        draw_whole,
+        'The image, the first proposals, and the answer: losses in training, objects in '
+        'prediction.',
+    ),
+    data=Box(
+        '02_shapes',
+        ('images', 'gt'),
+        draw_data,
+        'The image as the network gets it, and in training the objects marked in it.',
+    ),
+    anchors=Box(
+        '03_anchors',
+        ('anchors',),
+        draw_anchors,
+        'The anchors of the centre cell of every level, drawn over the image.',
+    ),
+    resnet=Box(
+        '04_resnet',
+        ('bottom_up',),
+        draw_bottom_up,
+        'Activations of C2 to C5: the mean size over the channels, and the channel that differs '
+        'most from place to place.',
+    ),
+    fpn=Box(
+        '05_fpn',
+        ('features',),
+        draw_features,
+        'Activations of P2 to P6: the mean size over the channels, and the channel that differs '
+        'most from place to place.',
+    ),
+    rpn_head=Box(
+        '06_rpn_head',
+        ('objectness', 'deltas'),
+        draw_rpn_head,
+        'Objectness at every cell of every level, the surest anchors, and histograms of their '
+        'deltas.',
+    ),
+    rpn_targets=Box(
+        '07_rpn_targets',
+        ('rpn_targets',),
+        draw_rpn_targets,
+        'Positive anchors and the boxes they should become, negative anchors, and ignored ones '
+        'near the objects.',
+    ),
+    rpn_loss=Box(
+        '08_rpn_loss',
+        ('losses', 'rpn_targets'),
+        draw_rpn_loss,
+        'The two losses of the RPN, and how sure it was of positive and of negative anchors.',
+    ),
+    nms=Box(
+        '09_nms',
+        ('proposals',),
+        draw_nms,
+        'Of the surest boxes, those that are struck and those that stay.',
+    ),
+    proposals=Box(
+        '10_proposals',
+        ('proposals',),
+        draw_proposals,
+        'The surest anchors and their refined boxes, the same cut at the border, and the '
+        'proposals after suppression.',
+    ),
+    rpn=Box(
+        '11_rpn',
+        ('anchors', 'objectness', 'deltas', 'proposals'),
+        draw_rpn,
+        'The surest proposals, and how well they cover the objects; without truth, their scores '
+        'by rank.',
+    ),
+    roi_align=Box(
+        '12_roi_align',
+        ('rois', 'roi_features', 'mask_rois', 'mask_features'),
+        draw_roi_align,
+        'Rois cut out of the image, and the pieces of the feature maps that the heads get for '
+        'them.',
+    ),
+    head_targets=Box(
+        '13_head_targets',
+        ('head_targets',),
+        draw_head_targets,
+        'Rois of the background and of each class, where the positives should go, and the masks '
+        'they should draw.',
+    ),
+    box_head=Box(
+        '14_box_head',
+        ('class_logits', 'box_deltas'),
+        draw_box_head,
+        'The surest rois before and after their deltas, and the probability of every class for '
+        'each.',
+    ),
+    box_loss=Box(
+        '15_box_loss',
+        ('losses', 'head_targets'),
+        draw_box_loss,
+        'The two losses of the box head, and the probability it gave to the right class.',
+    ),
+    mask_head=Box(
+        '16_mask_head',
+        ('mask_logits',),
+        draw_mask_head,
+        'For some rois the piece of the image and a mask for each class; a star marks the class '
+        'that counts.',
+    ),
+    mask_loss=Box(
+        '17_mask_loss',
+        ('losses', 'head_targets', 'mask_logits'),
+        draw_mask_loss,
+        'The mask loss, and for some rois the target, the mask drawn, and what every bin pays.',
+    ),
+    detections=Box(
+        '18_detections',
+        ('detections',),
+        draw_detections,
+        'All answers over the least score, the detections with their masks, and how many are left '
+        'at each step.',
+    ),
+)
 
 # %% ../nbs/40_trace.ipynb #d5acce07
-OWN = dict(rpn_loss='loss_objectness loss_rpn_box_reg', box_loss='loss_classifier loss_box_reg', mask_loss='loss_mask')   # of all losses, those of a box
-ALIASES = dict(image='data', images='data', gt='data', features='fpn', objectness='rpn_head', deltas='rpn_head', rois='roi_align', roi_features='roi_align',
-               mask_rois='roi_align', mask_features='roi_align', instances='detections', losses='mask_rcnn', class_logits='box_head', box_deltas='box_head',
-               mask_logits='mask_head', bottom_up='resnet')   # data of the diagram, and the box that shows it
+# of all losses, those of a box
+OWN = dict(
+    rpn_loss='loss_objectness loss_rpn_box_reg',
+    box_loss='loss_classifier loss_box_reg',
+    mask_loss='loss_mask',
+)
+ALIASES = dict(
+    image='data',
+    images='data',
+    gt='data',
+    features='fpn',
+    objectness='rpn_head',
+    deltas='rpn_head',
+    rois='roi_align',
+    roi_features='roi_align',
+    mask_rois='roi_align',
+    mask_features='roi_align',
+    instances='detections',
+    losses='mask_rcnn',
+    class_logits='box_head',
+    box_deltas='box_head',
+    mask_logits='mask_head',
+    bottom_up='resnet',
+)  # data of the diagram, and the box that shows it
 
 
 def find_box(
@@ -580,14 +921,21 @@ def find_box(
 ) -> str:        # id of the box
     "The box that shows it, or an error that names all boxes."
     box = ALIASES.get(name, name)
-    if box not in BOXES: raise ValueError(f'the diagram has no box {name!r} with tensors; there are ' + ', '.join(BOXES))
+    if box not in BOXES:
+        raise ValueError(
+            f'the diagram has no box {name!r} with tensors; there are ' + ', '.join(BOXES)
+        )
     return box
 
 
 @patch
 def boxes(self: Trace) -> list[str]:
     "The boxes that this way through the diagram went through."
-    skipped = {'detections'} if self.training else {'rpn_targets', 'rpn_loss', 'head_targets', 'box_loss', 'mask_loss'}
+    skipped = (
+        {'detections'}
+        if self.training
+        else {'rpn_targets', 'rpn_loss', 'head_targets', 'box_loss', 'mask_loss'}
+    )
     return [box for box in BOXES if box not in skipped and any(n in self for n in BOXES[box].notes)]
 
 
@@ -599,9 +947,16 @@ def show(self: Trace,
     "The picture of a box."
     box, n = find_box(box), len(self['images'])
     if box not in self.boxes():
-        raise ValueError(f"{box} has no tensors in {'training' if self.training else 'prediction'}: " +
-                         ('trace with the images alone' if self.training else 'trace with boxes, labels and masks'))
-    if not 0 <= image < n: raise ValueError(f'the batch has the images 0 to {n - 1}, there is no image {image}')
+        raise ValueError(
+            f"{box} has no tensors in {'training' if self.training else 'prediction'}: "
+            + (
+                'trace with the images alone'
+                if self.training
+                else 'trace with boxes, labels and masks'
+            )
+        )
+    if not 0 <= image < n:
+        raise ValueError(f'the batch has the images 0 to {n - 1}, there is no image {image}')
     return BOXES[box].draw(self, image)
 
 # %% ../nbs/40_trace.ipynb #3ae34983
@@ -614,7 +969,12 @@ def table(self: Trace,
     if box is not None:
         box = find_box(box)
         own = {k for n in BOXES[box].notes if n in self for k in parts_of(n, self[n])}
-        if box in OWN: own = {k for k in own if not k.startswith('losses.') or k.removeprefix('losses.') in OWN[box].split()}
+        if box in OWN:
+            own = {
+                k
+                for k in own
+                if not k.startswith('losses.') or k.removeprefix('losses.') in OWN[box].split()
+            }
         tensors = {k: t for k, t in tensors.items() if k in own}
     return Table(row_of(k, t) for k, t in tensors.items())
 
@@ -647,8 +1007,11 @@ def clickable(
     lessons = {}
     def to_panel(m):
         lessons[m['box']] = m['lesson']
-        return (f'<g id="{m["box"]}" class="{m["kind"]}"><a href="#panel-{m["box"]}" data-box="{m["box"]}" tabindex="0" '
-                f'aria-label="{m["lesson"].replace("_", " ")}"><title>{m["box"]}</title>')
+        return (
+            f'<g id="{m["box"]}" class="{m["kind"]}"><a href="#panel-{m["box"]}" '
+            f'data-box="{m["box"]}" tabindex="0" '
+            f'aria-label="{m["lesson"].replace("_", " ")}"><title>{m["box"]}</title>'
+        )
     pattern = r'<g id="(?P<box>\w+)" class="(?P<kind>[^"]*)"><a href="(?P<lesson>\w+)\.ipynb"><title>[^<]*</title>'
     return re.sub(pattern, to_panel, svg), lessons
 
@@ -667,8 +1030,12 @@ def panel(trace,
     else: body = '<p>A tool: it has no tensors of its own.</p>'
     title = lesson.replace('_', ' ')
     link = f'<a href="{html.escape(href)}">Lesson {title}</a>' if href else f'Lesson {title}'
-    return (f'<dialog id="panel-{box}" aria-label="{title}"><header><h2>{title}</h2><nav><button class="step" data-step="-1" aria-label="previous box">←</button>'
-            f'<button class="step" data-step="1" aria-label="next box">→</button><button class="close" aria-label="close">×</button></nav></header>{body}<p>{link}</p></dialog>')
+    return (
+        f'<dialog id="panel-{box}" aria-label="{title}"><header><h2>{title}</h2><nav><button '
+        f'class="step" data-step="-1" aria-label="previous box">←</button>'
+        f'<button class="step" data-step="1" aria-label="next box">→</button><button '
+        f'class="close" aria-label="close">×</button></nav></header>{body}<p>{link}</p></dialog>'
+    )
 
 # %% ../nbs/40_trace.ipynb #e53cc115
 STYLE = """
@@ -741,8 +1108,14 @@ def to_html(self: Trace,
     title = html.escape(title or f'Trace of {way}, image {image}')
     svg, found = clickable(show_diagram(phase='train' if self.training else 'predict').svg)
     found = dict(sorted(found.items(), key=lambda pair: pair[1]))
-    panels = ''.join(panel(self, box, image, lesson, lesson_href(lesson, path.resolve().parent, lessons)) for box, lesson in found.items())
-    links = ''.join(f'<a href="#panel-{box}" data-box="{box}">{lesson.replace("_", " ")}</a>' for box, lesson in found.items())
+    panels = ''.join(
+        panel(self, box, image, lesson, lesson_href(lesson, path.resolve().parent, lessons))
+        for box, lesson in found.items()
+    )
+    links = ''.join(
+        f'<a href="#panel-{box}" data-box="{box}">{lesson.replace("_", " ")}</a>'
+        for box, lesson in found.items()
+    )
     write_atomic(path, f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <title>{title}</title><style>{STYLE}</style></head><body>

@@ -7,8 +7,8 @@ __all__ = ['rank_op', 'collect_like_numpy', 'NUMPY', 'TORCH', 'FOLDED', 'NAMES',
            'DETECTRON', 'DETECTRON_PYTORCH', 'MASKRCNN_BENCHMARK', 'picture_pixel', 'input_pixel', 'clip_to_pixel',
            'just_below', 'window_anchors', 'make_anchors', 'inside', 'assign_anchors', 'rpn_loss', 'Ranking',
            'sort_by_numpy', 'collect_by_numpy', 'numpy_op', 'Sorting', 'rank_like_numpy', 'rank_like_torch',
-           'collect_like_torch', 'rank_levels', 'of_window', 'propose', 'choose_level', 'roi_align', 'detect',
-           'resize_weights', 'resize_exactly', 'prepare', 'restore', 'parts', 'benchmark_parts']
+           'collect_like_torch', 'rank_levels', 'of_window', 'collected', 'propose', 'choose_level', 'roi_align',
+           'detect', 'resize_weights', 'resize_exactly', 'prepare', 'restore', 'parts', 'benchmark_parts']
 
 # %% ../../nbs/53_detectron.ipynb #53d00002
 from dataclasses import replace
@@ -229,6 +229,21 @@ def of_window(frame: Frame) -> Tensor:   # (4,)
     "Where the picture lies."
     return frame.window
 
+# %% ../../nbs/53_detectron.ipynb #53d00010p
+def collected(
+    boxes: Tensor,   # (N, 4)
+    scores: Tensor,  # (N,) minus infinity = suppressed
+    n: int,          # P
+    collect,         # scores, n -> index
+) -> Proposals:
+    "The best of all levels in a sorting's own order, padded with empty slots."
+    missing = max(0, n - len(scores))
+    scores = F.pad(scores, (0, missing), value=-torch.inf)
+    top = collect(scores, n)                                                            # (P,)
+    valid = scores[top] > -torch.inf
+    boxes = torch.where(valid[:, None], F.pad(boxes, (0, 0, 0, missing))[top], 0.)
+    return Proposals(boxes, torch.where(valid, scores[top], 0.), valid)
+
 # %% ../../nbs/53_detectron.ipynb #53d00010
 def propose(
     objectness: Tensor,     # (A,) logits
@@ -249,14 +264,9 @@ def propose(
     first = torch.where(filled & has_size(boxes, min_size), -visit.to(scores), -torch.inf)
     keep = nms_keep(boxes, first, limit(nms_iou))                                       # (L, N)
     keep = keep & (keep.cumsum(1) <= n_post)             # of a level no more than of all together
-    kept = torch.where(keep, scores[index], -torch.inf).flatten()
-    missing = max(0, n_post - len(kept))
-    kept = F.pad(kept, (0, missing), value=-torch.inf)
-    boxes = F.pad(boxes.flatten(0, 1), (0, 0, 0, missing))
-    top = sorting.collect(kept, n_post)                                                 # (P,)
-    valid = kept[top] > -torch.inf
-    boxes = shift_far_corner(torch.where(valid[:, None], boxes[top], 0.), pixel(frame) - 1)
-    return Proposals(boxes, torch.where(valid, kept[top], 0.), valid)
+    kept = torch.where(keep, scores[index], -torch.inf)
+    p = collected(boxes.flatten(0, 1), kept.flatten(), n_post, sorting.collect)
+    return p._replace(boxes=shift_far_corner(p.boxes, pixel(frame) - 1))
 
 # %% ../../nbs/53_detectron.ipynb #53d00011
 def choose_level(

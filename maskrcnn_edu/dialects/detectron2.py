@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from ..anchors import cell_anchors, grid_anchors
 from .base import (
     COCO, Dialect, Names, as_objects, body_names, grey_levels, halve_in_1x1, head_names,
@@ -21,6 +20,7 @@ from .base import (
 from ..head_targets import HeadTargets, head_targets
 from ..mask_rcnn import Parts
 from ..roi_align import pyramid_roi_align
+from ..rpn_loss import rpn_loss as mean_rpn_loss
 
 # %% ../../nbs/52_detectron2.ipynb #52d00003
 STRIDES = (4, 8, 16, 32, 64)   # pixels between the cells of each level, whatever the maps' sizes
@@ -60,13 +60,9 @@ def rpn_loss(
     n_sample=256,           # anchors of an image that should take part
 ) -> dict[str, Tensor]:     # loss_objectness, loss_rpn_box_reg
     "Both sums divided by the anchors that should have taken part, also where there are fewer."
-    sampled, positive = labels >= 0, labels == 1                                        # (B, A)
-    wanted = positive.to(objectness.dtype)
-    coin = F.binary_cross_entropy_with_logits(objectness, wanted, reduction='none')
-    box = F.smooth_l1_loss(deltas, target_deltas, beta=beta, reduction='none').sum(-1)  # (B, A)
-    n = n_sample * len(labels)
-    return dict(loss_objectness=torch.where(sampled, coin, 0.).sum() / n,
-                loss_rpn_box_reg=torch.where(positive, box, 0.).sum() / n)
+    losses = mean_rpn_loss(objectness, deltas, labels, target_deltas, beta)
+    share = (labels >= 0).sum().clamp(min=1) / (n_sample * len(labels))
+    return {name: loss * share for name, loss in losses.items()}
 
 
 def hard_targets(*args, **kwargs) -> HeadTargets:   # of `head_targets`

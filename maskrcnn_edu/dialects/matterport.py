@@ -36,6 +36,7 @@ from ..mask_rcnn import MaskRCNN, Parts
 from ..nms import nms_keep
 from ..proposals import Proposals
 from ..roi_align import flatten_pyramid, grid_rows, neighbours, scatter_slots
+from ..rpn_loss import rpn_loss as paper_rpn_loss
 from ..rpn_targets import (
     RPNTargets, best_of_each_object, match, near_crowd, sample_anchors)
 
@@ -180,14 +181,9 @@ def rpn_loss(
     beta=1.,                # where the box loss turns from square to straight
 ) -> dict[str, Tensor]:     # loss_objectness, loss_rpn_box_reg
     "The box loss is the mean over the numbers of the positive anchors."
-    sampled, positive = labels >= 0, labels == 1                                        # (B, A)
-    wanted = positive.to(objectness.dtype)
-    coin = F.binary_cross_entropy_with_logits(objectness, wanted, reduction='none')
-    box = F.smooth_l1_loss(deltas, target_deltas, beta=beta, reduction='none').sum(-1)  # (B, A)
-    return dict(
-        loss_objectness=torch.where(sampled, coin, 0.0).sum() / sampled.sum().clamp(min=1),
-        loss_rpn_box_reg=torch.where(positive, box, 0.0).sum() / (4 * positive.sum().clamp(min=1)),
-    )
+    losses = paper_rpn_loss(objectness, deltas, labels, target_deltas, beta)
+    sampled, positive = ((labels >= least).sum().clamp(min=1) for least in (0, 1))
+    return losses | dict(loss_rpn_box_reg=losses['loss_rpn_box_reg'] * sampled / (4 * positive))
 
 # %% ../../nbs/54_matterport.ipynb #54d00005a
 def mean_box_loss(
