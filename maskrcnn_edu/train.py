@@ -644,8 +644,7 @@ def convert_command(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help=('of Matterport, pytorch-mask-rcnn, Detectron, Detectron.pytorch, '
-                'maskrcnn-benchmark, detectron2 or torchvision, as it was downloaded')
+            help="another program's checkpoint, as it was downloaded; lesson 55 lists them"
         ),
     ],
     out: Annotated[Path, typer.Option(help='file to write, .safetensors')],
