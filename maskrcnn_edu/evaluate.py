@@ -13,7 +13,7 @@ __all__ = ['Match', 'IOUS', 'SIZES', 'ERRORS', 'ErrorSplit', 'pair_iou', 'mask_i
 # %% ../nbs/21_evaluate.ipynb #d97b87da
 import contextlib, io
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from .anchor_sizes import nearest_anchor_iou, recommend_anchors
-from .core import ROLE_COLOURS, show_boxes, show_image
+from .core import ROLE_COLOURS, show_image
 from .data import Instances, number
 from .instances import to_instances
 from .mask_rcnn import frame_of

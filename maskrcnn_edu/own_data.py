@@ -14,7 +14,7 @@ __all__ = ['SUFFIXES', 'LAYOUTS', 'SPLITS', 'READERS', 'SCALES', 'STEPS', 'PAPER
            'propose', 'reasons']
 
 # %% ../nbs/23d_own_data.ipynb #28b318b7
-import collections, csv, functools, hashlib, io, json, os, re, shutil
+import csv, functools, hashlib, io, json, os, re, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.nn import functional as F
-from .boxes import box_iou, clip, decode, full_frame
+from .boxes import Frame, box_iou, clip, decode, full_frame
 from .box_loss import of_class
 from maskrcnn_edu.core import (
     COLOURS,
@@ -162,6 +162,7 @@ def trace_model(
     masks=None,                  # (B, G, H, W): training; without the three, prediction
     noise: Noise | None = None,
     names=None,                  # class names, names[0] the background
+    frame: Frame | None = None,  # where the images lie in the input; they fill it if not given
 ) -> Trace:
     "Every tensor of the diagram, of one pass in eval mode; the model is left as it was."
     truth = (boxes, labels, masks)
@@ -171,8 +172,8 @@ def trace_model(
             'training needs boxes, labels and masks: give all three, or none to predict.'
         )
     with in_eval(model), noting_bottom_up(model), listening(model) as notes:
-        if all(given): model(images, *truth, noise)
-        else: model.predict(images)
+        if all(given): model(images, *truth, noise, frame)
+        else: model.predict(images, frame)
     return Trace(notes, model.config, names)
 
 
@@ -1131,10 +1132,11 @@ def trace_page(
     path,             # the file to write
     names=None,       # class names, names[0] the background
     image=0,          # which of the batch
+    frame=None,       # where the images lie in the input; they fill it if not given
     **kwargs,         # lessons and title of the page
 ) -> Path:
     "The page of a prediction, in one line."
-    return trace_model(model, images, names=names).to_html(path, image, **kwargs)
+    return trace_model(model, images, names=names, frame=frame).to_html(path, image, **kwargs)
 
 # %% ../nbs/40_trace.ipynb #40cam001
 class GradCAM(NamedTuple):

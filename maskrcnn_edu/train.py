@@ -44,8 +44,8 @@ from maskrcnn_edu.data import (
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from maskrcnn_edu.learner import (
     CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels,
-    colour, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels,
-    predict_instances, to_input,
+    colour, door_of, find_state, instance_dls, load_state, mask_rcnn_learner, measure_channels,
+    predict_instances,
 )
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig, SHAPES
 from .resnet import RESNET18
@@ -59,7 +59,7 @@ from maskrcnn_edu.own_data import (
 )
 from .report import RunLog, command_line, write_report
 from maskrcnn_edu.results import (
-    SMALL, Format, read_pixels, to_coco, unique_names, write_results, write_together,
+    SMALL, Format, read_pixels, unique_names, write_results, write_together,
 )
 from .tiles import open_picture, predict_flipped, predict_tiled
 from .trace import trace_page
@@ -671,5 +671,6 @@ def trace_command(
     with sentences(), redirect_stdout(sys.stderr):
         model, classes = load_weights(weights, pick_device(device))
         check_channels(pixels := read_image(image), model.config, image)
-        trace_page(model, to_input(pixels, model), out, classes, title=image.name)
+        images, frame = door_of(model).prepare(pixels, model)
+        trace_page(model, images, out, classes, frame=frame, title=image.name)
     typer.echo(f'{out}: open it in a browser')

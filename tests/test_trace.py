@@ -2,6 +2,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+import numpy as np
 import pytest, torch
 from matplotlib.figure import Figure
 from maskrcnn_edu.boxes import box_iou
@@ -12,6 +13,9 @@ from maskrcnn_edu.head_targets import head_targets
 from maskrcnn_edu.mask_rcnn import MaskRCNN, MaskRCNNConfig, Parts, SHAPES, frame_of
 from maskrcnn_edu.record import Noting
 from maskrcnn_edu.roi_align import pyramid_roi_align, roi_level
+from maskrcnn_edu.dialects import DIALECTS
+from maskrcnn_edu.dialects.base import build
+from maskrcnn_edu.learner import door_of, predict_instances
 from maskrcnn_edu.trace import BOXES, grad_cam, png_text, trace_model, trace_page
 
 def render(fig):
@@ -193,3 +197,20 @@ def test_parts_given_to_the_constructor_are_used(batch):
     assert all(torch.equal(a, b) for a, b in zip(model.predict(batch[0]), expected.predict(batch[0])))
     model(*batch)
     assert {'pool', 'targets', 'filter'} == set(calls)
+
+@pytest.mark.parametrize('name', DIALECTS)
+def test_models_of_other_programs_are_traced_as_they_predict(name, tmp_path):
+    "The page shows the pass that predict_instances makes: the same input, the same frame."
+    torch.manual_seed(0)
+    small = dict(n_classes=4, backbone=dict(layers=(1, 1, 1, 1), width=4, channels=8),
+                 head=dict(hidden=16, mask_channels=8), detection=dict(min_score=.01))
+    model = build(DIALECTS[name], DIALECTS[name].config.change(**small), short_side=128, long_side=192).eval()
+    picture = make_shapes(1, seed=3, size=120)[0].image[:90]
+    images, frame = door_of(model).prepare(picture, model)
+    trace = trace_model(model, images, frame=frame)
+    found = predict_instances(model, picture)
+    assert len(found) and int((trace['detections.labels'] > 0).sum()) >= len(found)
+    back = door_of(model).restore(*(t[0] for t in trace['detections']), frame, picture.shape[:2], model.config)
+    assert np.array_equal(back.boxes, found.boxes) and np.array_equal(back.masks(), found.masks())
+    page = trace_page(model, images, tmp_path/'trace.html', frame=frame)
+    assert page.read_text(encoding='utf-8').count('<img') == len(trace.boxes())

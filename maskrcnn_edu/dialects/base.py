@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..boxes import Frame, clip, has_size, numbers
 from ..instances import Door, Instances, to_instances
-from ..mask_rcnn import MaskRCNN, MaskRCNNConfig, Parts
+from ..mask_rcnn import MaskRCNN, MaskRCNNConfig
 from ..resnet import Bottleneck, ResNet
 from ..rpn_head import RPNHead, init_head
 
