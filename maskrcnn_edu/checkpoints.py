@@ -464,8 +464,10 @@ def from_checkpoint(
     config, names, dialect, state = read_any(path)
     sides = {k: numbers.pop(k) for k in ('short_side', 'long_side') if k in numbers}
     if any(sides.values()) and not dialect:
-        raise ValueError(f'{path}: a model of ours takes pictures as they are; leave out short_side '
-                         'and long_side.')
+        raise ValueError(
+            f'{path}: a model of ours takes pictures as they are; leave out short_side '
+            'and long_side.'
+        )
     k = len(classes) if classes else n_classes or config.n_classes
     others = list(classes) != names if classes else k != config.n_classes
     fresh = [name for name in state if others and name.startswith(LAST)]

@@ -96,7 +96,9 @@ def composite(
     return out.round().astype(np.uint8) if image.dtype == np.uint8 else out
 
 def show_image(
-    image,         # (3,H,W) or (H,W,3) or (H,W), float 0..1 or uint8; with any other number of channels as `composite` colours them
+    # (3,H,W) or (H,W,3) or (H,W), float 0..1 or uint8; with any other number of channels as
+    # `composite` colours them
+    image,
     ax=None,       # axes to draw on; a new figure without
     title=None,    # text above
     figsize=None,  # of the new figure
@@ -220,7 +222,8 @@ def show_instances(
     ax=None,     # axes to draw on
     names=None,  # class names, names[0] the background
     title=None,  # text above
-    captions=30, # with more objects than this, no captions and thin boxes, or they would hide the picture
+    # with more objects than this, no captions and thin boxes, or they would hide the picture
+    captions=30,
 ):
     "Draw an image with its objects: mask, box, class, and score where there is one."
     ax = show_image(image, ax, title, figsize=(4, 4))
@@ -235,7 +238,8 @@ def explore(
     draw,        # function of the numbers below, with defaults; it draws a picture
     **controls,  # name=(least, most, step), or name=[choice, …]
 ):
-    "The picture with a slider for each number; the picture alone where `MASKRCNN_EDU_STATIC` is set."
+    """The picture with a slider for each number; the picture alone where `MASKRCNN_EDU_STATIC` is
+    set."""
     if os.environ.get('MASKRCNN_EDU_STATIC'): return draw()
     from ipywidgets import interactive
     return interactive(draw, **controls)

@@ -349,17 +349,27 @@ def open_tiff(
     file, # path or open file
     name, # for messages
 ): # TiffFile
-    "A TIFF file; of one that was cut short tifffile gives what is left and a line in its log, so the log is read too"
+    """A TIFF file; of one that was cut short tifffile gives what is left and a line in its log, so
+    the log is read too"""
     said, log, listener = [], logging.getLogger('tifffile'), logging.Handler()
     listener.emit, propagate = lambda record: said.append(record.getMessage()), log.propagate
     log.addHandler(listener); log.propagate = False
     try:
         with tifffile.TiffFile(file) as tif:
             tif.series  # looks at every page
-            if faults := [m for m in said for word in ('invalid page', 'failed to', 'corrupt', 'missing') if word in m]: raise ValueError(faults[0])
+            if faults := [
+                m
+                for m in said
+                for word in ('invalid page', 'failed to', 'corrupt', 'missing')
+                if word in m
+            ]:
+                raise ValueError(faults[0])
             yield tif
     except DataError: raise
-    except Exception as e: raise DataError(f'{name}: the image cannot be read ({e}); replace it or remove its entry') from None
+    except Exception as e:
+        raise DataError(
+            f'{name}: the image cannot be read ({e}); replace it or remove its entry'
+        ) from None
     finally:
         log.removeHandler(listener); log.propagate = propagate
 
@@ -369,9 +379,17 @@ def layout(
 ): # series of tifffile, axes of its rows, columns and channels
     "The first picture of a TIFF"
     series = tif.series[0]
-    if len(tif.series) > 1 and tif.series[1].shape == series.shape: raise DataError(f'{name}: there are {len(tif.series)} pictures in this file, and one is needed; save each as a file of its own')
+    if len(tif.series) > 1 and tif.series[1].shape == series.shape:
+        raise DataError(
+            f'{name}: there are {len(tif.series)} pictures in this file, and one is needed; save '
+            f'each as a file of its own'
+        )
     order = picture_axes(series.axes, series.shape, name)
-    if math.prod(series.shape) > 4 * Image.MAX_IMAGE_PIXELS: raise DataError(f'{name}: {series.shape} pixels are more than are read at once; cut the image into pieces')
+    if math.prod(series.shape) > 4 * Image.MAX_IMAGE_PIXELS:
+        raise DataError(
+            f'{name}: {series.shape} pixels are more than are read at once; cut the image into '
+            f'pieces'
+        )
     return series, order
 
 # %% ../nbs/02_shapes.ipynb #8488e364
@@ -380,13 +398,20 @@ def unpack_tiff(
     file, # path or open file
     name, # for messages
 ): # pixels, in the shape of the series
-    "Pixels of a TIFF; packings that tifffile has no code for are left to PIL, which reads one channel a page"
+    """Pixels of a TIFF; packings that tifffile has no code for are left to PIL, which reads one
+    channel a page"""
     try: return series.asarray()
     except ValueError as e:
         if 'imagecodecs' not in str(e): raise
         try:
-            with Image.open(file) as im: return np.stack([np.asarray(page) for page in ImageSequence.Iterator(im)]).reshape(series.shape)
-        except IMAGE_ERRORS: raise DataError(f'{name}: {e}; install it with pip, or save the image without compression') from None
+            with Image.open(file) as im:
+                return np.stack([np.asarray(page) for page in ImageSequence.Iterator(im)]).reshape(
+                    series.shape
+                )
+        except IMAGE_ERRORS:
+            raise DataError(
+                f'{name}: {e}; install it with pip, or save the image without compression'
+            ) from None
 
 def read_tiff(
     file, # path or open file
@@ -396,12 +421,25 @@ def read_tiff(
     with open_tiff(file, name) as tif:
         (series, order), page = layout(tif, name), tif.pages[0]
         alpha = sum(int(e) in (1, 2) for e in page.extrasamples)
-        coloured = page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
-        simple = len(order) == 2 or page.samplesperpixel > 1 and (coloured or page.samplesperpixel == 1 + alpha)
+        coloured = page.photometric not in (
+            tifffile.PHOTOMETRIC.MINISBLACK,
+            tifffile.PHOTOMETRIC.MINISWHITE,
+        )
+        simple = (
+            len(order) == 2
+            or page.samplesperpixel > 1
+            and (coloured or page.samplesperpixel == 1 + alpha)
+        )
         if simple and page.bitspersample in (1, 8) and series.dtype.kind in 'bu': return None
-        pixels = unpack_tiff(series, file, name).transpose(order + [i for i in range(len(series.shape)) if i not in order])
+        pixels = unpack_tiff(series, file, name).transpose(
+            order + [i for i in range(len(series.shape)) if i not in order]
+        )
     pixels = pixels.reshape(*pixels.shape[:2], -1)  # (H,W,C)
-    if pixels.dtype.kind not in 'uif': raise DataError(f'{name}: its pixels are of the type {pixels.dtype}; save them as whole numbers or floats')
+    if pixels.dtype.kind not in 'uif':
+        raise DataError(
+            f'{name}: its pixels are of the type {pixels.dtype}; save them as whole numbers or '
+            f'floats'
+        )
     pixels = pixels[..., :pixels.shape[-1] - alpha]
     if pixels.dtype != np.uint8: pixels = to_uint8(pixels, dyes=not coloured)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE: pixels = 255 - pixels
@@ -419,7 +457,10 @@ def read_image(
             if is_tiff(file) and (pixels := read_tiff(file, name or file)) is not None:
                 return pixels
             with Image.open(file) as im: return rgb(im)
-    except FileNotFoundError: raise DataError(f'{name or file}: the image is missing; add the file or remove its entry') from None
+    except FileNotFoundError:
+        raise DataError(
+            f'{name or file}: the image is missing; add the file or remove its entry'
+        ) from None
     except DataError: raise
     except IMAGE_ERRORS as e:
         raise DataError(
@@ -536,11 +577,16 @@ def load_json(
 ): # dict with images, annotations, categories
     "A COCO json, its outline checked"
     try: found = json.loads(Path(path).read_bytes())
-    except FileNotFoundError: raise DataError(f'{path}: there is no such file; check the path') from None
-    except (ValueError, OSError) as e: raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file; check the path') from None
+    except (ValueError, OSError) as e:
+        raise DataError(f'{path}: this is not a readable json ({e}); export it again') from None
     for key in ('images', 'annotations', 'categories'):
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            raise DataError(f"{path}: the list '{key}' is missing; a COCO json has images, annotations and categories")
+            raise DataError(
+                f"{path}: the list '{key}' is missing; a COCO json has images, annotations and "
+                f"categories"
+            )
     return found
 
 def by_id(
@@ -554,7 +600,10 @@ def by_id(
     for row in rows:
         missing = [k for k in ('id', *keys) if not isinstance(row, dict) or k not in row]
         if missing: raise DataError(f"{path}: {kind} {str(row)[:80]} has no '{missing[0]}'; add it")
-        if row['id'] in out: raise DataError(f"{path}: {kind} id {row['id']} appears twice; give each {kind} its own id")
+        if row['id'] in out:
+            raise DataError(
+                f"{path}: {kind} id {row['id']} appears twice; give each {kind} its own id"
+            )
         out[row['id']] = row
     return out
 
@@ -562,10 +611,19 @@ def find_images(
     path, # of the json
     names, # file names of the images
 ): # folder
-    "The folder that holds the images of a json: images/ beside it or above it, as people lay them out"
+    """The folder that holds the images of a json: images/ beside it or above it, as people lay them
+    out"""
     path = Path(path)
-    roots = [path.parent.parent, path.parent] if path.parent.name == 'annotations' else [path.parent]
-    folders = [f for r in roots for f in (r/'images', r/'images'/path.stem, r/path.stem, r/path.stem.split('_')[-1], r)]
+    roots = (
+        [path.parent.parent, path.parent] if path.parent.name == 'annotations' else [path.parent]
+    )
+    folders = [
+        f
+        for r in roots
+        for f in (
+            r / 'images', r / 'images' / path.stem, r / path.stem, r / path.stem.split('_')[-1], r,
+        )
+    ]
     return next((f for f in folders if any((f/n).is_file() for n in names)), folders[0])
 
 def image_size(
@@ -578,8 +636,14 @@ def image_size(
         with open_tiff(path, path) as tif: series, order = layout(tif, path)
         return tuple(series.shape[i] for i in order[:2])
     except DataError: raise
-    except FileNotFoundError: raise DataError(f'{path}: the image is missing; add the file or remove its entry from the json') from None
-    except Exception as e: raise DataError(f'{path}: the image cannot be read ({e}); replace it or remove its entry') from None
+    except FileNotFoundError:
+        raise DataError(
+            f'{path}: the image is missing; add the file or remove its entry from the json'
+        ) from None
+    except Exception as e:
+        raise DataError(
+            f'{path}: the image cannot be read ({e}); replace it or remove its entry'
+        ) from None
 
 def coco_image(
     row, # an image of the json
@@ -591,14 +655,18 @@ def coco_image(
     size = image_size(path)
     stated = (row.get('height', size[0]), row.get('width', size[1]))
     if stated != size:
-        raise DataError(f'{path}: the image is {size[0]}x{size[1]} pixels (height x width) but {json_path} says {stated[0]}x{stated[1]}; correct one of them')
+        raise DataError(
+            f'{path}: the image is {size[0]}x{size[1]} pixels (height x width) but {json_path} '
+            f'says {stated[0]}x{stated[1]}; correct one of them'
+        )
     return CocoImage(str(Path(row['file_name']).with_suffix('')), path, size, [])
 
 # %% ../nbs/02_shapes.ipynb #2c20f443
 def unpack_counts(
     text, # packed run lengths
 ): # list of int
-    "Run lengths from COCO's string: 5 bits a character, low bits first, from the fourth run on as a difference to two runs before"
+    """Run lengths from COCO's string: 5 bits a character, low bits first, from the fourth run on as
+    a difference to two runs before"""
     counts, value, shift = [], 0, 0
     for c in text.encode():
         if not 48 <= c < 112: raise ValueError('a character that no run length has')
@@ -647,7 +715,8 @@ def read_mask(
     if not segmentation: return 'no segmentation'
     try: mask = coco_mask.decode(coco_rle(segmentation, size, where))
     except DataError: raise
-    except (ValueError, TypeError, KeyError, AttributeError) as e: return f'mask cannot be decoded ({e})'
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        return f'mask cannot be decoded ({e})'
     return mask if mask.any() else 'empty mask'
 
 def fit_box(

@@ -360,22 +360,31 @@ def draw_deltas(ax, deltas, title):
 
 # %% ../nbs/40_trace.ipynb #88a82118
 def draw_rpn_targets(t, i) -> Figure:
-    "Positive anchors and where they should go, negative ones, and those that overlap an object but are not asked."
+    """Positive anchors and where they should go, negative ones, and those that overlap an object
+    but are not asked."""
     labels, anchors, gt = t['rpn_targets'].labels[i], t['anchors'], t['gt']
     fig, axes = panels(3, side=3.2)
     for ax in axes: ground(ax, t, i)
     yes, no = labels == 1, labels == 0
-    say(axes[0], f'{yes.sum()} positive'), say(axes[1], f'{no.sum()} negative'), say(axes[2], f'{(labels == -1).sum():,} ignored, nearest 30')
+    say(axes[0], f'{yes.sum()} positive')
+    say(axes[1], f'{no.sum()} negative')
+    say(axes[2], f'{(labels == -1).sum():,} ignored, nearest 30')
     show_boxes(anchors[yes], axes[0], role='anchor', style='--', linewidth=.9)
-    show_boxes(decode(t['rpn_targets'].target_deltas[i][yes], anchors[yes]), axes[0], role='positive')
+    show_boxes(
+        decode(t['rpn_targets'].target_deltas[i][yes], anchors[yes]), axes[0], role='positive'
+    )
     show_boxes(anchors[no], axes[1], role='negative', style='--', linewidth=.6)
     filled = gt['labels'][i] > 0
     if filled.any():
         overlap = torch.where(labels == -1, box_iou(anchors, gt['boxes'][i][filled]).amax(1), -1.)
-        show_boxes(anchors[overlap.topk(min(30, len(overlap))).indices], axes[2], role='ignored', style=':', linewidth=1)
+        show_boxes(
+            anchors[overlap.topk(min(30, len(overlap))).indices], axes[2], role='ignored',
+            style=':', linewidth=1,
+        )
         for ax in axes[1:]: show_boxes(gt['boxes'][i][filled], ax)
     key(axes[0], anchor=('anchor', '--'), after_its_target_deltas=('positive', '-'))
-    key(axes[1], negative=('negative', '--'), truth=('gt', '-')); key(axes[2], ignored=('ignored', ':'), truth=('gt', '-'))
+    key(axes[1], negative=('negative', '--'), truth=('gt', '-'))
+    key(axes[2], ignored=('ignored', ':'), truth=('gt', '-'))
     return fig
 
 # %% ../nbs/40_trace.ipynb #e53df05f
@@ -448,11 +457,15 @@ def inside(t, boxes: Tensor) -> Tensor:
 
 
 def candidates(t, i, n=50) -> tuple[Tensor, Tensor, Tensor]:
-    "The n surest of the boxes that went into NMS: anchors, refined boxes, and whether they became proposals."
+    """The n surest of the boxes that went into NMS: anchors, refined boxes, and whether they became
+    proposals."""
     n_pre = t.config.rpn.n_pre if t.training else t.config.rpn.n_pre_predict
-    index, filled = top_per_level(t['objectness'][i], t['level_sizes'], min(n_pre, max(t['level_sizes'])))
+    index, filled = top_per_level(
+        t['objectness'][i], t['level_sizes'], min(n_pre, max(t['level_sizes']))
+    )
     index = index[filled]
-    index = index[t['objectness'][i][index].topk(min(n, len(index))).indices]                       # (n,)
+    # (n,)
+    index = index[t['objectness'][i][index].topk(min(n, len(index))).indices]
     refined = decode(t['deltas'][i][index], t['anchors'][index])
     kept = t['proposals'].boxes[i][t['proposals'].valid[i]]
     return t['anchors'][index], refined, near(inside(t, refined), kept)
@@ -460,7 +473,8 @@ def candidates(t, i, n=50) -> tuple[Tensor, Tensor, Tensor]:
 
 def near(a, b) -> Tensor:   # (n,) bool
     "Which boxes of `a` stand in `b` too, but for rounding."
-    return (a[:, None] - b).abs().amax(-1).lt(1e-2).any(1) if len(b) else torch.zeros(len(a), dtype=torch.bool)
+    if not len(b): return torch.zeros(len(a), dtype=torch.bool)
+    return (a[:, None] - b).abs().amax(-1).lt(1e-2).any(1)
 
 
 def draw_proposals(t, i) -> Figure:
@@ -470,10 +484,15 @@ def draw_proposals(t, i) -> Figure:
     kept = t['proposals'].boxes[i][t['proposals'].valid[i]]
     fig, axes = panels(3, side=3.2)
     for ax in axes: ground(ax, t, i)
-    for boxes, ax, style, role in ((anchors, axes[0], ':', 'anchor'), (refined, axes[0], '-', 'proposal'), (inside(t, refined), axes[1], '-', 'proposal'), (kept[:50], axes[2], '-', 'proposal')):
+    for boxes, ax, style, role in (
+        (anchors, axes[0], ':', 'anchor'), (refined, axes[0], '-', 'proposal'),
+        (inside(t, refined), axes[1], '-', 'proposal'), (kept[:50], axes[2], '-', 'proposal'),
+    ):
         show_boxes(boxes, ax, role=role, style=style, linewidth=.8)
     axes[0].set(xlim=(-.15 * width, 1.15 * width), ylim=(1.15 * height, -.15 * height))
-    say(axes[0], f'{len(refined)} surest, refined'), say(axes[1], 'clipped'), say(axes[2], f'{len(kept)} proposals, first {min(50, len(kept))}')
+    say(axes[0], f'{len(refined)} surest, refined')
+    say(axes[1], 'clipped')
+    say(axes[2], f'{len(kept)} proposals, first {min(50, len(kept))}')
     key(axes[0], anchor=('anchor', ':'), refined=('proposal', '-'))
     return fig
 
@@ -482,7 +501,10 @@ def draw_nms(t, i) -> Figure:
     "Which of the surest boxes stay, and which are struck."
     _, refined, stays = candidates(t, i)
     fig, axes = panels(2, side=3.4)
-    for ax, boxes, role, style, word in ((axes[0], refined[~stays], 'negative', '--', 'struck'), (axes[1], refined[stays], 'positive', '-', 'stay')):
+    for ax, boxes, role, style, word in (
+        (axes[0], refined[~stays], 'negative', '--', 'struck'),
+        (axes[1], refined[stays], 'positive', '-', 'stay'),
+    ):
         ground(ax, t, i, f'{len(boxes)} of the {len(refined)} surest: {word}')
         show_boxes(inside(t, boxes), ax, role=role, style=style, linewidth=.9)
     return fig
@@ -1013,7 +1035,8 @@ def clickable(
             f'data-box="{m["box"]}" tabindex="0" '
             f'aria-label="{m["lesson"].replace("_", " ")}"><title>{m["box"]}</title>'
         )
-    pattern = r'<g id="(?P<box>\w+)" class="(?P<kind>[^"]*)"><a href="(?P<lesson>\w+)\.ipynb"><title>[^<]*</title>'
+    pattern = (r'<g id="(?P<box>\w+)" class="(?P<kind>[^"]*)">'
+               r'<a href="(?P<lesson>\w+)\.ipynb"><title>[^<]*</title>')
     return re.sub(pattern, to_panel, svg), lessons
 
 
@@ -1026,8 +1049,13 @@ def panel(trace,
     "The picture, the table and the lesson of a box."
     if box in trace.boxes():
         words = html.escape(BOXES[box].words)
-        body = f'<div class="wide"><img alt="{words}" src="{png_text(trace.show(box, image))}"></div><p>{words}</p><div class="wide">{trace.table(box)._repr_html_()}</div>'
-    elif box in BOXES: body = f"<p>No tensors here: this is a trace of {'training' if trace.training else 'prediction'}, which does not pass through this box.</p>"
+        picture, table = png_text(trace.show(box, image)), trace.table(box)._repr_html_()
+        body = (f'<div class="wide"><img alt="{words}" src="{picture}"></div><p>{words}</p>'
+                f'<div class="wide">{table}</div>')
+    elif box in BOXES:
+        kind = 'training' if trace.training else 'prediction'
+        body = (f'<p>No tensors here: this is a trace of {kind}, which does not pass through '
+                'this box.</p>')
     else: body = '<p>A tool: it has no tensors of its own.</p>'
     title = lesson.replace('_', ' ')
     link = f'<a href="{html.escape(href)}">Lesson {title}</a>' if href else f'Lesson {title}'
@@ -1040,23 +1068,34 @@ def panel(trace,
 
 # %% ../nbs/40_trace.ipynb #e53cc115
 STYLE = """
-:root {color-scheme: light dark; --ground: #ffffff; --text: #1f2937; --line: #cbd5e1; --panel: #f8fafc; --link: #1d4ed8}
-body {margin: 0 auto; max-width: 1150px; padding: 12px; font: 16px/1.45 system-ui, sans-serif; background: var(--ground); color: var(--text)}
+:root {color-scheme: light dark; --ground: #ffffff; --text: #1f2937; --line: #cbd5e1;
+  --panel: #f8fafc; --link: #1d4ed8}
+body {margin: 0 auto; max-width: 1150px; padding: 12px; font: 16px/1.45 system-ui, sans-serif;
+  background: var(--ground); color: var(--text)}
 h1 {font-size: 1.3rem; margin: .2rem 0} h2 {font-size: 1.1rem; margin: 0} a {color: var(--link)}
 .wide {overflow-x: auto; max-width: 100%} .diagram svg {min-width: 720px}
 img {display: block; max-width: 100%; border-radius: 6px; background: #fff}
-table {border-collapse: collapse; font-size: .82rem} th, td {padding: 3px 9px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap}
+table {border-collapse: collapse; font-size: .82rem} th, td {padding: 3px 9px;
+  border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap}
 th:first-child, td:first-child {text-align: left}
-.list {display: flex; flex-wrap: wrap; gap: 6px; margin: 12px 0} .list a, button {font: inherit; padding: 5px 10px; border: 1px solid var(--line); border-radius: 6px; background: var(--panel); color: var(--text); text-decoration: none; cursor: pointer}
+.list {display: flex; flex-wrap: wrap; gap: 6px; margin: 12px 0} .list a, button {font: inherit;
+  padding: 5px 10px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--panel); color: var(--text); text-decoration: none; cursor: pointer}
 a:focus-visible, button:focus-visible {outline: 3px solid #dc2626; outline-offset: 1px}
-dialog {box-sizing: border-box; width: min(1080px, calc(100vw - 16px)); max-height: calc(100vh - 16px); overflow: auto; padding: 14px; border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text)}
-dialog::backdrop {background: rgb(15 23 42 / .45)} header {display: flex; justify-content: space-between; align-items: center; gap: 8px; margin-bottom: 10px}
+dialog {box-sizing: border-box; width: min(1080px, calc(100vw - 16px));
+  max-height: calc(100vh - 16px); overflow: auto; padding: 14px; border: 1px solid var(--line);
+  border-radius: 10px; background: var(--panel); color: var(--text)}
+dialog::backdrop {background: rgb(15 23 42 / .45)} header {display: flex;
+  justify-content: space-between; align-items: center; gap: 8px; margin-bottom: 10px}
 nav {display: flex; gap: 6px}
 @media (max-width: 600px) {dialog .wide img {max-width: none; width: 640px}}
 @media (prefers-color-scheme: dark) {
 :root {--ground: #0f172a; --text: #e2e8f0; --line: #475569; --panel: #1e293b; --link: #93c5fd}
-html .mrcnn-overview > rect {fill: #0f172a} html .mrcnn-overview .frame rect {fill: #1e293b} html .mrcnn-overview .halo {stroke: none}
-html .mrcnn-overview .heading, html .mrcnn-overview .title, html .mrcnn-overview .key, html .mrcnn-overview .shape, html .mrcnn-overview #mask_rcnn .nb, html .mrcnn-overview #rpn .nb {fill: #e2e8f0}
+html .mrcnn-overview > rect {fill: #0f172a} html .mrcnn-overview .frame rect {fill: #1e293b}
+  html .mrcnn-overview .halo {stroke: none}
+html .mrcnn-overview .heading, html .mrcnn-overview .title, html .mrcnn-overview .key,
+  html .mrcnn-overview .shape, html .mrcnn-overview #mask_rcnn .nb,
+  html .mrcnn-overview #rpn .nb {fill: #e2e8f0}
 html .mrcnn-overview .arrow {stroke: #cbd5e1} html .mrcnn-overview .tip {fill: #cbd5e1}
 }
 """
@@ -1085,14 +1124,21 @@ document.addEventListener('click', e => {
 })
 document.addEventListener('keydown', e => {
   const by = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[e.key]
-  if (by && current && (e.key === 'ArrowRight' || e.key === 'ArrowLeft')) { e.preventDefault(); step(by) }
+  if (by && current && (e.key === 'ArrowRight' || e.key === 'ArrowLeft')) {
+    e.preventDefault()
+    step(by)
+  }
   else if (by && !current && document.activeElement.dataset && document.activeElement.dataset.box) {
     e.preventDefault()
-    const next = order[(order.indexOf(document.activeElement.dataset.box) + by + order.length) % order.length]
+    const at = order.indexOf(document.activeElement.dataset.box)
+    const next = order[(at + by + order.length) % order.length]
     document.querySelector('#' + next + ' a[data-box]').focus()
   }
 })
-for (const d of document.querySelectorAll('dialog')) d.addEventListener('close', () => { if (current && d.id === 'panel-' + current && !d.open) close() })
+for (const d of document.querySelectorAll('dialog'))
+  d.addEventListener('close', () => {
+    if (current && d.id === 'panel-' + current && !d.open) close()
+  })
 """
 
 # %% ../nbs/40_trace.ipynb #0d2531aa
@@ -1100,7 +1146,8 @@ for (const d of document.querySelectorAll('dialog')) d.addEventListener('close',
 def to_html(self: Trace,
     path,            # the file to write
     image=0,         # which of the batch
-    lessons=None,    # where lessons are, such as 'https://…/{}.html'; beside the package if not told
+    # where lessons are, such as 'https://…/{}.html'; beside the package if not told
+    lessons=None,
     title=None,      # of the page
 ) -> Path:
     "Diagram, pictures and tables in one page that needs nothing else."
@@ -1118,10 +1165,15 @@ def to_html(self: Trace,
         for box, lesson in found.items()
     )
     write_atomic(path, f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1><p>Click a box, or Tab to it and press Enter. Escape closes, the arrow keys go on to the next box.</p>
-<main><div class="wide diagram">{svg}</div><div class="list">{links}</div></main>{panels}<script>{SCRIPT}</script></body></html>
+<h1>{title}</h1>
+<p>Click a box, or Tab to it and press Enter. Escape closes, the arrow keys go on to the
+next box.</p>
+<main><div class="wide diagram">{svg}</div><div class="list">{links}</div></main>
+{panels}<script>{SCRIPT}</script></body></html>
 """.encode())
     return path
 
@@ -1152,7 +1204,8 @@ def roi_of(
     notes: dict,      # of a prediction of one image
     detection: int,   # slot of the answer
 ) -> int:             # number of the roi
-    "The proposal that a detection came from: the same score, and the nearest where several have it."
+    """The proposal that a detection came from: the same score, and the nearest where several have
+    it."""
     box, label, score = (t[0, detection].detach() for t in notes['detections'][:3])
     logits, rois = notes['class_logits'][0].detach(), notes['rois'][0].detach()
     refined = decode(notes['box_deltas'][0, :, label].detach(), rois, model.config.head.weights)
@@ -1165,12 +1218,17 @@ def grad_cam(
     image: Tensor,    # (3, H, W) in 0..1
     detection=0,      # slot of the answer
 ) -> GradCAM:
-    "From the class of one detection back to its level of the pyramid and to the pixels (Grad-CAM, section 3)."
-    x = image.detach()[None].clone().requires_grad_()                                        # (1, 3, H, W)
+    """From the class of one detection back to its level of the pyramid and to the pixels (Grad-CAM,
+    section 3)."""
+    # (1, 3, H, W)
+    x = image.detach()[None].clone().requires_grad_()
     with torch.enable_grad(), in_eval(model), listening(model) as notes:
         labels = model.detect(model.features(x), frame_of(x)).labels[0]
     if not labels[detection]:
-        raise ValueError(f'slot {detection} is empty; there are {(labels > 0).sum()} detections, the first has number 0.')
+        raise ValueError(
+            f'slot {detection} is empty; there are {(labels > 0).sum()} detections, the first has '
+            f'number 0.'
+        )
     roi, features = roi_of(model, notes, detection), notes['features'][:4]
     logit = notes['class_logits'][0, roi, labels[detection]]
     *gradients, pixels = torch.autograd.grad(logit, [*features, x])

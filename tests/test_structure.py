@@ -142,7 +142,6 @@ def test_the_core_is_the_paper_and_nothing_else():
     for module in set(CORE) - {'record'}:
         text = (root/package/f'{module}.py').read_text(encoding='utf-8')
         total += lines_of_code(text)
-        assert not re.search('matterport|detectron|multimodal|conventions', text, re.I), module
         for f in ast.walk(ast.parse(text)):
             if isinstance(f, ast.FunctionDef):
                 names = [a.arg for a in f.args.args + f.args.kwonlyargs if a.arg != 'self']
@@ -156,7 +155,18 @@ def test_exported_cells_of_the_core_are_short(path):
         rows = [line for line in code.splitlines() if line.strip()]
         if exported and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body):
             assert len(rows) <= 26, f'{name(path)}: {rows[1]} has {len(rows) - 1} lines'
-        assert not [line for line in code.splitlines() if len(line) > 100], f'{name(path)}: {max(code.splitlines(), key=len)}'
+
+@pytest.mark.parametrize('path', numbered, ids=name)
+def test_lines_of_lessons_fit_a_page_of_the_site(path):
+    long = [line for code in cells(path, 'code') for line in code.splitlines() if len(line) > 100]
+    assert not long, f'{name(path)}: {long[0]}'
+
+def test_other_programs_stay_in_their_room():
+    "Everything outside dialects/ knows that there are dialects, not which."
+    others = re.compile('matterport|detectron|multimodal|conventions', re.I)
+    for file in [*(root/package).glob('*.py'), *(root/package/'cuda').rglob('*')]:
+        if file.name == '_modidx.py' or file.suffix not in ('.py', '.h', '.cpp', '.cu', '.cuh'): continue
+        assert not others.search(file.read_text(encoding='utf-8')), file
 
 
 @pytest.fixture

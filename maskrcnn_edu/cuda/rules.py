@@ -1,13 +1,14 @@
-"""What PyTorch has to know of a native op beside its result: shapes, vmap, autocast and gradients"""
-# Each `register_…` takes the PyTorch of a lesson and gives back an op of the same arguments. Where the
-# compiled library has a kernel of that name, the kernel runs; elsewhere the PyTorch does.
+"""What PyTorch has to know of an op beside its result: shapes, vmap, autocast and gradients"""
+# Each `register_…` takes the PyTorch of a lesson and gives back an op of the same arguments.
+# Where the compiled library has a kernel of that name, the kernel runs; elsewhere the PyTorch does.
 import inspect, re
 from functools import wraps
 from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ['without_autocast', 'register_nms', 'register_roi_align', 'register_paste', 'kernel_source']
+__all__ = ['without_autocast', 'register_nms', 'register_roi_align', 'register_paste',
+           'kernel_source']
 
 
 def without_autocast(f):
@@ -25,13 +26,15 @@ def put_first(
     tensors,
 ) -> list[Tensor]:     # each (V, ...)
     "The mapped dimension in front; what is not mapped is repeated."
-    return [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims)]
+    return [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, dims)]
 
 
 def check_nms(boxes, scores):
     "One score a box."
-    torch._check(boxes.shape == (*scores.shape, 4), lambda: f'nms_keep: boxes must be (..., N, 4) and scores (..., N), '
-                 f'not {tuple(boxes.shape)} and {tuple(scores.shape)}')
+    torch._check(boxes.shape == (*scores.shape, 4), lambda: (
+        'nms_keep: boxes must be (..., N, 4) and scores (..., N), '
+        f'not {tuple(boxes.shape)} and {tuple(scores.shape)}'))
 
 
 def register_nms(function):
@@ -65,8 +68,8 @@ def backward(ctx, grad):
     "Gradients of the maps; boxes get none."
     *features, boxes, image, level = ctx.saved_tensors
     grads = torch.ops.maskrcnn_edu.roi_align_backward(
-        grad, features, boxes, image, level, ctx.scales, ctx.height, ctx.width, ctx.sampling, ctx.aligned,
-        torch.are_deterministic_algorithms_enabled())
+        grad, features, boxes, image, level, ctx.scales, ctx.height, ctx.width, ctx.sampling,
+        ctx.aligned, torch.are_deterministic_algorithms_enabled())
     return grads, *[None] * 8
 
 
@@ -78,8 +81,8 @@ def no_second(ctx, *grads):
 
 def merge(info, dims, features, boxes):
     "Images of all runs behind each other, boxes too."
-    features = put_first(info, dims[0] or [None] * len(features), features)   # each (V, B, C, H, W)
-    boxes, image, level = put_first(info, dims[1:4], boxes)                   # (V, N, 4), (V, N), (V, N)
+    features = put_first(info, dims[0] or [None] * len(features), features)  # each (V, B, C, H, W)
+    boxes, image, level = put_first(info, dims[1:4], boxes)          # (V, N, 4), (V, N), (V, N)
     n = features[0].shape[1]
     run = torch.arange(info.batch_size, device=image.device)[:, None]
     image = torch.where((image >= 0) & (image < n), image + run * n, -1)
@@ -89,18 +92,23 @@ def merge(info, dims, features, boxes):
 def backward_of(forward):
     "The gradient of the maps, found by autograd in the PyTorch of the forward pass."
     def backwards(
-        grad: Tensor, features: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor, scales: list[float],
-        height: int, width: int, sampling: int, aligned: bool, deterministic: bool,
+        grad: Tensor, features: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor,
+        scales: list[float], height: int, width: int, sampling: int, aligned: bool,
+        deterministic: bool,
     ) -> list[Tensor]:
-        def out(maps): return forward(maps, boxes, image, level, scales, height, width, sampling, aligned)
-        return list(torch.func.vjp(out, [f.detach() for f in features])[1](grad.to(features[0].dtype))[0])
+        def out(maps):
+            return forward(maps, boxes, image, level, scales, height, width, sampling, aligned)
+        pull = torch.func.vjp(out, [f.detach() for f in features])[1]
+        return list(pull(grad.to(features[0].dtype))[0])
     return backwards
 
 
 def register_roi_align(forward):
-    "`roi_align` and `roi_align_backward`: the gradient goes to the maps, and images of a vmap stand behind each other."
-    op = torch.library.custom_op('maskrcnn_edu::roi_align', without_autocast(forward), mutates_args=())
-    back = torch.library.custom_op('maskrcnn_edu::roi_align_backward', without_autocast(backward_of(forward)), mutates_args=())
+    "`roi_align` and its gradient, for the maps; images of a vmap stand behind each other."
+    op = torch.library.custom_op(
+        'maskrcnn_edu::roi_align', without_autocast(forward), mutates_args=())
+    back = torch.library.custom_op(
+        'maskrcnn_edu::roi_align_backward', without_autocast(backward_of(forward)), mutates_args=())
 
     @op.register_fake
     def _(features, boxes, image, level, scales, height, width, sampling, aligned):
@@ -114,21 +122,23 @@ def register_roi_align(forward):
 
     @op.register_vmap
     def _(info, dims, features, boxes, image, level, *args):
-        out = torch.ops.maskrcnn_edu.roi_align(*merge(info, dims, features, (boxes, image, level)), *args)
+        flat = merge(info, dims, features, (boxes, image, level))
+        out = torch.ops.maskrcnn_edu.roi_align(*flat, *args)
         return out.unflatten(0, (info.batch_size, -1)), 0
 
     @back.register_vmap
     def _(info, dims, grad, features, boxes, image, level, *args):
         grad, = put_first(info, dims[:1], [grad])
-        grads = torch.ops.maskrcnn_edu.roi_align_backward(
-            grad.flatten(0, 1), *merge(info, dims[1:], features, (boxes, image, level)), *args)
+        flat = merge(info, dims[1:], features, (boxes, image, level))
+        grads = torch.ops.maskrcnn_edu.roi_align_backward(grad.flatten(0, 1), *flat, *args)
         return [g.unflatten(0, (info.batch_size, -1)) for g in grads], [0] * len(grads)
     return op, back
 
 
 def register_paste(function):
     "`paste_masks`: masks of a vmap stand behind each other."
-    op = torch.library.custom_op('maskrcnn_edu::paste_masks', without_autocast(function), mutates_args=())
+    op = torch.library.custom_op(
+        'maskrcnn_edu::paste_masks', without_autocast(function), mutates_args=())
 
     @op.register_fake
     def _(masks, boxes, height, width, threshold, aligned=False):
