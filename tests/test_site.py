@@ -129,7 +129,7 @@ def test_tables_of_arguments_are_those_of_docments():
         tree, said = ast.parse(source), api.comments(source)
         for node in tree.body:
             if not isinstance(node, ast.FunctionDef) or node.name == '_' or node.decorator_list: continue
-            theirs = {k: v or '' for k, v in docments(getattr(module, node.name), args_kwargs=True).items()}
+            theirs = {k: ' '.join((v or '').split()) for k, v in docments(getattr(module, node.name), args_kwargs=True).items()}   # a comment of two lines is one sentence
             ours = {a.name.lstrip('*').replace('returns', 'return'): a.comment for a in api.arguments(node, said)}
             assert {k: v for k, v in theirs.items() if v} == {k: v for k, v in ours.items() if v}, f'{module.__name__}.{node.name}'
             compared += any(ours.values())
