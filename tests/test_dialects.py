@@ -174,3 +174,12 @@ def test_every_part_works_in_the_model(name):
 
 def test_sides_of_a_model_of_ours_are_refused():
     with pytest.raises(ValueError, match='shapes: a model of ours takes pictures as they are'): MaskRCNN.from_checkpoint('shapes', short_side=64)
+
+@pytest.mark.parametrize('rule, sides, levels', [
+    (detectron2.choose_level, (111.99, 112, 223.9999, 224, 447.99, 448), (0, 1, 1, 2, 2, 3)),
+    (detectron.choose_level, (110.99, 111, 222.9999, 223, 446.99, 447), (0, 1, 2, 2, 2, 3)),
+    (matterport.nearest_level, (79, 80, 158, 159, 316, 317), (0, 1, 1, 2, 2, 3))])
+def test_levels_at_the_edges_of_each_rule(rule, sides, levels):
+    "By hand: floor(4 + log2(side / 224 + 1e-8)); side + 1 and 1e-6; or the nearest, which turns at 224 √½ and 224 √2."
+    boxes = torch.tensor([[0., 0., side, side] for side in sides])
+    assert rule(boxes).tolist() == list(levels)
