@@ -1,15 +1,17 @@
 "Checkpoints of other programs: what is read, what is refused and how it is said, and values by hand. Small networks of the same names."
-import pickle
+import argparse, collections, pathlib, pickle, time, zipfile
 import json
 import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 
-from maskrcnn_edu.checkpoints import (DIALECTS, SYSTEMS, WeightsError, as_frozen, folded, layers_of, load_weights, make_model, our_order, read_file,
-                                      recognise, save_weights, translate)
+from fuzz import mutations, one_sentence, within
+from maskrcnn_edu.checkpoints import (DIALECTS, Placeholder, convert, find_weights, SYSTEMS, WeightsError, as_frozen, folded, layers_of, load_weights, make_model, our_order, read_file,
+                                      recognise, save_weights, shipped, translate)
 from maskrcnn_edu.dialects.base import Names
 from maskrcnn_edu.learner import predict_instances
 from maskrcnn_edu.mask_rcnn import MaskRCNN
@@ -122,12 +124,157 @@ def test_a_file_that_was_cut(name, tmp_path):
 
 
 def test_files_of_other_kinds(tmp_path):
-    (tmp_path/'text.pth').write_text('hello')
     (tmp_path/'list.pkl').write_bytes(pickle.dumps([1, 2]))
     torch.save({'layer.weight': torch.zeros(2)}, tmp_path/'other.pth')
-    for name, message in [('text.pth', 'neither HDF5 nor a pickle'), ('list.pkl', 'no dictionary of tensors but a list'), ('other.pth', 'not a Mask R-CNN of a known system')]:
-        with pytest.raises(WeightsError, match=message): MaskRCNN.from_checkpoint(tmp_path/name)
+    torch.save({'epoch': 3}, tmp_path/'none.pth')
+    torch.save(torch.zeros(3), tmp_path/'one.pth')
+    (tmp_path/'folder').mkdir()
+    with zipfile.ZipFile(tmp_path/'packed.zip', 'w') as z: z.writestr('model.pth', 'x')
+    for name, text in dict(text='hello', html='  <!DOCTYPE html><html>', xml='<?xml version="1.0"?>', lfs='version https://git-lfs.github.com/spec/v1\noid', zero='', blank='\n\n', gz='\x1f').items():
+        for end in ('.pth', '.h5', '.pkl', ''): (tmp_path/f'{name}{end}').write_text(text)
+    (tmp_path/'gz').write_bytes(b'\x1f\x8b\x08\0')
+    for name, message in [('text.pth', 'neither HDF5 nor a pickle'), ('list.pkl', 'no dictionary of tensors but a list'), ('other.pth', 'not a Mask R-CNN of a known system'), ('none.pth', 'a dictionary without any'),
+            ('one.pth', 'no dictionary of tensors but a Tensor'), ('folder', 'this is a folder'), ('packed.zip', 'a zip with model.pth in it'), ('gz', 'packed with gzip'), ('xml.h5', 'web page'),
+            *[(f'{n}{e}', m) for n, m in dict(html='web page', lfs='git lfs pull', zero='empty', blank='empty').items() for e in ('.pth', '.h5', '.pkl', '')]]:
+        with pytest.raises(WeightsError, match=message) as e: MaskRCNN.from_checkpoint(tmp_path/name)
+        one_sentence(e.value, name)
     with pytest.raises(FileNotFoundError, match='no such checkpoint'): MaskRCNN.from_checkpoint(tmp_path/'absent.pth')
+
+
+# ---- as people save them ----
+
+class Trainer:
+    "Whatever a training program keeps beside its weights."
+    def __init__(self): self.inside = dict(a=[1], path=pathlib.Path('x'))
+
+def prefixed(state, word): return {word + k: v for k, v in state.items()}
+
+HABITS = {
+    'plain': lambda s: s,
+    'reference': lambda s: {'model': s, 'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}}, 'param_groups': []}, 'epoch': 3},
+    'tutorial': lambda s: {'model_state_dict': s, 'epoch': 3, 'loss': .3},
+    'net': lambda s: {'net': s}, 'weights, deeper': lambda s: {'a': {'b': {'weights': s}}},
+    'lightning': lambda s: {'state_dict': prefixed(s, 'model.') | {'loss.weight': torch.ones(2)}, 'pytorch-lightning_version': '2.0'},
+    'parallel': lambda s: {'model': prefixed(s, 'module.')}, 'compiled': lambda s: prefixed(s, '_orig_mod.'),
+    'compiled in parallel in lightning': lambda s: {'state_dict': prefixed(s, 'net.module._orig_mod.')},
+    'backbone in parallel': lambda s: {k.replace('backbone.', 'backbone.module.', 1): v for k, v in s.items()},
+    'average besides': lambda s: {'ema': {k: v + 1 for k, v in s.items()}, 'model': s},
+    'average alone': lambda s: {'model_ema': prefixed(s, 'module.') | {'n_averaged': torch.tensor(3)}},
+    'arguments': lambda s: {'model': s, 'args': argparse.Namespace(lr=1, out=pathlib.Path('x'))},
+    'numpy scalar': lambda s: {'model': s, 'best': np.float64(.3), 'n': np.int64(2), 'ap': np.float32(.1)},
+    'numpy arrays': lambda s: {'model': {k: v.numpy() for k, v in s.items()}},
+    'strange things': lambda s: {'trainer': Trainer(), 'kind': Trainer, 'path': pathlib.PurePosixPath('x'), 'model': s, 'n': collections.Counter('aab')},
+    'parameters': lambda s: collections.OrderedDict((k, nn.Parameter(v) if v.is_floating_point() else v) for k, v in s.items()),
+}
+
+@pytest.fixture(scope='module')
+def plain(): return checkpoint('torchvision')
+
+@pytest.mark.parametrize('old', [False, True], ids=['zip', 'before 1.6'])
+@pytest.mark.parametrize('habit', HABITS)
+def test_habits(plain, habit, old, tmp_path):
+    for name in ('w.pth', 'w.ckpt', 'w.bin', 'w'):
+        torch.save(HABITS[habit](plain), tmp_path/name, _use_new_zipfile_serialization=not old)
+        found = read_file(tmp_path/name)
+        assert found.keys() == plain.keys() and all(torch.equal(v, plain[k]) for k, v in found.items())
+
+@systems
+def test_every_system_inside_of_something(name, tmp_path):
+    state = checkpoint(name)
+    torch.save({'epoch': 1, 'state_dict': prefixed(state, 'model.module.')}, tmp_path/'w.pth')
+    found = read_file(tmp_path/'w.pth')
+    assert found.keys() == state.keys() and recognise(found) is SYSTEMS[name]
+
+def test_any_ending_and_kind_of_number(plain, tmp_path):
+    want = MaskRCNN.from_checkpoint(written('torchvision', plain, tmp_path)).state_dict()
+    for kind, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float64, 0)):
+        cast = {k: v.to(kind) for k, v in plain.items()}
+        torch.save(cast, tmp_path/'x.bin'), save_file(cast, tmp_path/'x.safetensors'), save_file(cast, tmp_path/'x')
+        for name in ('x.bin', 'x.safetensors', 'x'):
+            model = MaskRCNN.from_checkpoint(tmp_path/name)
+            assert model.dialect == 'torchvision' and all(v.dtype == want[k].dtype and torch.allclose(v, want[k], rtol=tolerance, atol=tolerance) for k, v in model.state_dict().items())
+    convert(tmp_path/'x', tmp_path/'ours.safetensors')
+    with pytest.raises(WeightsError, match='maskrcnn-edu convert'): load_weights(tmp_path/'x.safetensors')
+    with pytest.raises(WeightsError, match='maskrcnn-edu convert'): load_weights(tmp_path/'w.pth')
+    (tmp_path/'ours.safetensors').rename(tmp_path/'ours')       # ours by its content, not by its name
+    assert MaskRCNN.from_checkpoint(tmp_path/'ours').dialect == 'torchvision'
+
+def test_whole_models_and_programs(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 3))
+    torch.save(model, tmp_path/'whole.pth'), torch.save({'model': model, 'epoch': 1}, tmp_path/'inside.pth')
+    torch.save(model, tmp_path/'old.pth', _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path/'script.pt')
+    (tmp_path/'tensors.pkl').write_bytes(pickle.dumps({'a.weight': torch.zeros(2)}))
+    for name, words in (('whole.pth', 'Sequential'), ('inside.pth', 'Sequential'), ('old.pth', 'asks for something'), ('script.pt', 'TorchScript'), ('tensors.pkl', 'torch')):
+        with pytest.raises(WeightsError, match=f'{name}: .*{words}.*model.state_dict') as e: MaskRCNN.from_checkpoint(tmp_path/name)
+        one_sentence(e.value, name)
+
+def test_relatives(plain, tmp_path):
+    faster = {k: v for k, v in plain.items() if 'mask' not in k}
+    basic = {k: v for k, v in plain.items() if 'conv3' not in k and 'bn3' not in k}
+    for state, words in ((faster, 'no layers for masks'), (basic, 'basic blocks')):
+        with pytest.raises(WeightsError, match=words) as e: MaskRCNN.from_checkpoint(written('torchvision', state, tmp_path))
+        one_sentence(e.value, 'w.pth')
+
+def test_nothing_of_a_file_is_run(plain, tmp_path):
+    "Sound tensors beside something that wants to be run: the tensors are read, and it is not run; modules of the system are refused"
+    torch.save({'model': plain, 'more': Code(tmp_path/'ran')}, tmp_path/'w.pth')
+    assert read_file(tmp_path/'w.pth').keys() == plain.keys() and not (tmp_path/'ran').exists()
+    x = Placeholder(1, two=3)
+    x.__setstate__(dict(a=1))
+    assert not vars(x)
+    raw = pickle.dumps({'model': {'a.weight': np.zeros(2, np.float32)}}, 2)
+    (tmp_path/'os.pkl').write_bytes(raw.replace(b'cnumpy._core.multiarray\n_reconstruct', b'cposix\nsystem'))
+    with pytest.raises(WeightsError, match='posix.system; nothing of it was run'): read_file(tmp_path/'os.pkl')
+
+def test_a_pickle_that_wants_all_memory(tmp_path):
+    "A mutated number of the memo: Python's reader in C makes room for 16 GB and takes a minute"
+    (tmp_path/'memo.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\x3f.')
+    start = time.time()
+    with pytest.raises(WeightsError, match='memo.pkl'): read_file(tmp_path/'memo.pkl')
+    assert time.time() - start < 2
+
+def test_convert_keeps_the_checkpoint_and_the_names(plain, tmp_path):
+    file = written('torchvision', plain, tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(WeightsError, match='is the checkpoint itself'): convert(file, tmp_path/'.'/file.name)
+    assert file.read_bytes() == before
+    convert(shipped('shapes'), tmp_path/'half.safetensors', half=True)
+    assert load_weights(tmp_path/'half.safetensors')[1] == load_weights('shapes')[1]
+
+def test_the_folder_of_a_run(tmp_path):
+    (tmp_path/'weights.safetensors').write_bytes(shipped('shapes').read_bytes())
+    assert find_weights(tmp_path) == tmp_path/'weights.safetensors'
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='no such weight file'): find_weights(tmp_path/'empty')
+
+def test_headers_that_contradict_themselves(tmp_path):
+    for change in (dict(classes=json.dumps(['background', 'a'])), dict(classes='7'), dict(classes='{'), dict(config='[]'), dict(config='7'), dict(dialect='7')):
+        header = dict(format='maskrcnn_edu', config=json.dumps(dict(n_classes=3, backbone={})), classes=json.dumps(['background', 'a', 'b'])) | change
+        save_file({'x': torch.zeros(1)}, tmp_path/'w.safetensors', header)
+        with pytest.raises(WeightsError) as e: load_weights(tmp_path/'w.safetensors')
+        one_sentence(e.value, 'w.safetensors')
+
+
+# ---- bytes at random ----
+
+CONTAINERS = {'zip': 'torchvision', 'legacy': 'torchvision', 'safetensors': 'torchvision', 'ours': 'torchvision', 'pickle': 'detectron', 'zoo': 'detectron2', 'keras': 'matterport'}
+
+@pytest.mark.parametrize('container', CONTAINERS)
+def test_bytes_at_random(container, tmp_path):
+    name = CONTAINERS[container]
+    state, file = checkpoint(name), tmp_path/'x.safetensors'
+    if container == 'legacy': torch.save(state, file, _use_new_zipfile_serialization=False)
+    elif container == 'safetensors': save_file(state, file)
+    elif container == 'ours': convert(written(name, state, tmp_path), file)
+    else: file = written(name, state, tmp_path)
+    said = 0
+    for data in mutations(file.read_bytes(), 100):
+        file.write_bytes(data)
+        try:
+            with within(10): MaskRCNN.from_checkpoint(file)
+        except (WeightsError, FileNotFoundError) as e: one_sentence(e, file.name); said += 1
+    assert said > 30
 
 
 def test_a_tensor_of_another_shape(tmp_path):
