@@ -26,11 +26,10 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import find_objects
 
 import maskrcnn_edu
-from .instances import Instances, crop_boxes, tight
+from ..instances import Instances, crop_boxes, tight
 
 # %% ../nbs/02_shapes.ipynb #8d2577c5
-class DataError(ValueError):
-    "Bad data: the message names the file, the fault and what to do"
+from .files import DataError
 
 # %% ../nbs/02_shapes.ipynb #7292b216
 def number(
@@ -91,12 +90,12 @@ def rles(self: Instances): # list of {'size': [H,W], 'counts': str}
 CLASSES = ['background', 'square', 'circle', 'triangle']
 
 @dataclass
-class Sample:
+class _S:
     "One image and its objects"
-    image: np.ndarray # (H,W,3) uint8, or (H,W,C)
-    instances: Instances # the objects
-    name: str # names the image in reports and outputs
+    pass
 
+from .shapes import Sample
+from .records import InstanceDataset
 def draw_mask(
     label, # 1 square, 2 circle, 3 triangle
     y, # pixels, centre
@@ -233,15 +232,16 @@ def make_shapes(
     ]
 
 # %% ../nbs/02_shapes.ipynb #3afc6218
+from .records import Fault
 @dataclass(frozen=True)
-class Fault:
+class _F:
     "Something wrong in the data, and what was done about it"
     file: str
     fault: str
     action: str
     def __str__(self): return f'{self.file}: {self.fault}; {self.action}'
 
-class InstanceDataset:
+class _I:
     "Images with their objects, read when asked for"
     def __init__(self,
         records, # anything hashable with a .name, one an image

@@ -1,0 +1,14 @@
+"Images and their objects: from the files that people have to what a model learns from. Lessons 02 and 30 to 39."
+from ..instances import Instances
+from .files import DataError, write_atomic
+from .images import read_image, read_pixels, to_picture
+from .shapes import CLASSES, LEVELS, Sample, make_shapes
+from .records import Fault, InstanceDataset
+from .coco import from_coco
+from .writing import coco_dict, png_bytes, write_coco
+from .sources import recognise
+from .opening import examine, fault_table, open_dataset, open_part, repair, shapes_folder
+from . import _legacy
+from ..instances import *
+for _n, _v in vars(_legacy).items():
+    if not _n.startswith('__') and _n not in globals(): globals()[_n] = _v
