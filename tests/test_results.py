@@ -1,5 +1,5 @@
 "Files that people use: what is written comes back the same, for any masks; bad files are named in one sentence"
-import importlib.util, itertools, json
+import importlib.util, itertools, json, os, unicodedata
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -12,25 +12,31 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools.coco import COCO
 from skimage.measure import label as count_through, regionprops_table
+from fuzz import mutations, one_sentence, within
 from test_colours import ENOUGH, apart
 
+from maskrcnn_edu import data
 from maskrcnn_edu.data import CLASSES, DataError, Instances, make_shapes
 from maskrcnn_edu.nuclei import remove_overlaps, submission_csv
-from maskrcnn_edu.results import (PALETTE, SMALL, Format, about, colour_numbers, colour_splash, fill, from_coco, geometry, measurements, neighbours, overlay,
-    process_video, read_frames, read_geojson, read_labels, read_pixels, read_submission, rings, to_coco, unique_names, write_csv, write_geojson, write_labels, write_results, write_together)
+from maskrcnn_edu.results import (ENDINGS, PALETTE, SMALL, TOGETHER, Format, about, colour_numbers, colour_splash, fill, from_coco, geometry, measurements, neighbours, overlay,
+    process_video, read_frames, read_geojson, read_labels, read_submission, rings, safe_stem, to_coco, unique_names, write_csv, write_geojson, write_labels, write_results, write_together)
 
-ENOUGH_EXAMPLES = settings(max_examples=60, deadline=None)
-sides = st.integers(1, 12)
+ENOUGH_EXAMPLES = settings(max_examples=int(os.environ.get('EXAMPLES', 60)), deadline=None)   # 1,000 for a note
+sides = st.one_of(st.integers(1, 12), st.integers(1, 70))
 
 @st.composite
 def masks(draw, most=4):
-    "Up to `most` masks of one size, each with a pixel at least: noise, so holes and touching corners; a single pixel; the whole image"
+    "Up to `most` masks of one size, each with a pixel at least: noise, so holes and touching corners; pieces far apart; cells that touch; a single pixel; the whole image"
     size, n = (draw(sides), draw(sides)), draw(st.integers(0, most))
     out = np.zeros((n, *size), bool)
     for i in range(n):
-        kind = draw(st.sampled_from(['noise', 'dense', 'pixel', 'full']))
-        if kind in ('noise', 'dense'): out[i] = draw(hnp.arrays(bool, size, elements=st.sampled_from([True, False] if kind == 'noise' else [True] * 6 + [False])))
+        kind, rng = draw(st.sampled_from(['noise', 'dense', 'pixel', 'full', 'pieces', 'cells', 'ring'])), np.random.default_rng(draw(st.integers(0, 2**32)))
+        y, x = np.mgrid[:size[0], :size[1]]
+        if kind in ('noise', 'dense'): out[i] = rng.random(size) < (.5 if kind == 'noise' else .86)
         if kind == 'full': out[i] = True
+        if kind == 'pieces': out[i] = np.kron(rng.random((9, 9)) < .2, np.ones((8, 8)))[:size[0], :size[1]]
+        if kind == 'cells': out[i] = (y // 5 + x // 7) % most == i                     # that share borders and corners
+        if kind == 'ring': out[i] = abs(np.hypot(y - size[0] / 2, x - size[1] / 2) - min(size) / 3) < 2
         if not out[i].any(): out[i, draw(st.integers(0, size[0] - 1)), draw(st.integers(0, size[1] - 1))] = True
     return out
 
@@ -66,6 +72,9 @@ def test_coco_there_and_back(place, m, scored):
     assert classes == CLASSES and list(back) == list(found)
     for n in found: assert same(back[n], found[n]) and np.array_equal(back[n].labels, found[n].labels) and np.allclose(back[n].boxes, found[n].boxes, atol=.006)
     if len(t): assert alike(back['x'], t)
+    in_one_room, classes = data.from_coco(place/'c.json')
+    assert classes == CLASSES and all(same(a, b) and np.array_equal(a.labels, b.labels) and np.allclose(a.boxes, b.boxes) for a, b in zip(in_one_room.values(), found.values(), strict=True))
+    assert [(r['file_name'], r['name']) for r in json.loads((place/'c.json').read_text())['images']] == [('a/x.png', 'x'), ('b/x.png', 'x_2'), ('none.tif', 'none')]
     coco = COCO(place/'c.json')
     assert all((coco.annToMask(a) == x).all() for a, x in zip(coco.loadAnns(coco.getAnnIds(1)), t.masks()))
 
@@ -134,13 +143,6 @@ def test_measurements_of_grey_and_in_micrometres(tmp_path):
         with pytest.raises(DataError, match='pixel_size'): measurements(image, t, CLASSES, pixel_size=bad)
     with pytest.raises(DataError, match='8x8 pixels but the objects are of one of 8x9'): measurements(image[:, :8], t, CLASSES)
 
-@pytest.mark.parametrize('pixels, size', [(np.arange(12, dtype=np.uint16).reshape(3, 4), (3, 4)), (np.arange(24, dtype=np.uint16).reshape(2, 3, 4), (3, 4)), (np.arange(4, dtype=np.float32)[None], (1, 4))])
-def test_pixels_as_they_are_stored(tmp_path, pixels, size):
-    tifffile.imwrite(tmp_path/'x.tif', pixels)
-    back = read_pixels(tmp_path/'x.tif', size)
-    assert back.shape[:2] == size and back.dtype == pixels.dtype and np.array_equal(np.atleast_3d(back), np.moveaxis(pixels.reshape(-1, *size), 0, -1))
-    with pytest.raises(DataError, match='none.tif.*cannot be read'): read_pixels(tmp_path/'none.tif', size)
-
 # ---- outlines
 
 def area(r): return float((r[:-1, 0] * r[1:, 1] - r[1:, 0] * r[:-1, 1]).sum()) / 2
@@ -197,7 +199,7 @@ def test_polygons_out_of_the_image(tmp_path):
 
 BAD_GEOJSON = {'{': 'not a readable json', '{"type": "x"}': 'no GeoJSON', '[7]': 'feature 1 is a feature without geometry', '[{"geometry": {"type": "Point", "coordinates": [1, 2]}}]': 'feature 1 is a Point',
     '[{"geometry": {"type": "Polygon", "coordinates": []}}]': 'no rings', '[{"geometry": {"type": "Polygon", "coordinates": [[[1, "a"], [2, 3], [4, 5]]]}}]': 'no rings',
-    '[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 1e99]]]}}]': 'no rings', '[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 1]]]}}]': 'class None'}
+    '[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 1e99]]]}}]': 'no rings', '[' * 9999: 'not a readable json', '[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, ' + '9' * 400 + ']]]}}]': 'no rings', '[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 1]]]}}]': 'class None'}
 
 @pytest.mark.parametrize('text', BAD_GEOJSON)
 def test_bad_geojson(tmp_path, text):
@@ -208,12 +210,14 @@ def test_bad_geojson(tmp_path, text):
 # ---- other bad files
 
 def test_bad_label_maps(tmp_path):
-    tifffile.imwrite(tmp_path/'float.tif', np.zeros((4, 5), np.float32))
-    tifffile.imwrite(tmp_path/'minus.tif', np.full((4, 5), -1, np.int16))
-    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path/'rgb.png')
-    (tmp_path/'cut.tif').write_bytes((tmp_path/'float.tif').read_bytes()[:60])
-    for name, words in {'float.tif': 'float32', 'minus.tif': 'int16', 'rgb.png': 'coloured picture', 'cut.tif': 'cannot be read', 'none.tif': 'no such file'}.items():
-        with pytest.raises(DataError, match=f'{name}.*{words}'): read_labels(tmp_path/name)
+    tifffile.imwrite(tmp_path/'fractions.tif', np.full((4, 5), .5, np.float32))
+    tifffile.imwrite(tmp_path/'good.tif', np.arange(20, dtype=np.uint16).reshape(4, 5))
+    (tmp_path/'cut.tif').write_bytes((tmp_path/'good.tif').read_bytes()[:60])
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path/'blurred.jpg')
+    for name, words in {'fractions.tif': 'fractions', 'blurred.jpg': 'blurs', 'cut.tif': '', 'none.tif': ''}.items():
+        with pytest.raises(DataError, match=words) as e: read_labels(tmp_path/name)
+        one_sentence(e.value, name)
+    assert len(read_labels(tmp_path/'good.tif')) == 19
     Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3)).save(tmp_path/'good.png')
     assert len(read_labels(tmp_path/'good.png')) == 5
 
@@ -231,9 +235,10 @@ def test_bad_coco(tmp_path):
     assert len(written(iscrowd=1)) == 0 and written(bbox='wrong').boxes.tolist() == [[0, 0, 4, 3]] and written(score=None).scores is None
 
 def test_bad_submission(tmp_path):
-    for text, words in (('a,b\n1,2\n', 'first line'), ('ImageId,EncodedPixels\ny,1 2\n', 'image y is not known'), ('ImageId,EncodedPixels\nx,1 2 3\n', 'pairs'), ('', 'not a readable csv')):
+    for text, words in (('a,b\n1,2\n', 'first line'), ('ImageId,EncodedPixels\ny,1 2\n', 'image y is not known'), ('ImageId,EncodedPixels\nx,1 2 3\n', 'pairs'), ('', 'not a readable csv'), ('ImageId,EncodedPixels\nx,1 2.5\n', 'image x'),
+            ('ImageId,EncodedPixels\nx,1 99999999999999999999\n', 'image x'), ('ImageId,EncodedPixels\nx,12 2\n', 'outside')):
         (tmp_path/'s.csv').write_text(text)
-        with pytest.raises(DataError, match=words): read_submission(tmp_path/'s.csv', dict(x=(3, 4)))
+        with pytest.raises(DataError, match=f's.csv: .*{words}'): read_submission(tmp_path/'s.csv', dict(x=(3, 4)))
     with pytest.raises(DataError, match='none.csv.*no such file'): read_submission(tmp_path/'none.csv', {})
 
 # ---- pictures
@@ -342,3 +347,62 @@ def test_formats(tmp_path):
 
 def test_names():
     assert list(unique_names(['a/x.png', 'b/x.png', 'x_2.png', 'y.tif'])) == ['x', 'x_2', 'x_2_2', 'y'] and unique_names([]) == {}
+    assert list(unique_names(['a.png', 'A.png', 'ä.png', unicodedata.normalize('NFD', 'Ä') + '.png', 'ß.png', 'SS.png'])) == ['a', 'A_2', 'ä', unicodedata.normalize('NFD', 'Ä') + '_2', 'ß', 'SS_2']
+    assert list(unique_names(['10:45.png', '10/45.png', 'a?b*.png', 'x .png', 'x..png', 'nul.png', 'COM1.x.tif', '\n.png', '   .png'])) == ['10_45', '45', 'a_b_', 'x', 'x_2', 'nul_', 'COM1.x_', '_', '__2']
+    long = [f'{"é" * 125}{i}.png' for i in range(3)]
+    assert all(len((n + e).encode()) < 255 for n in unique_names(long) for e in ENDINGS) and len(unique_names(long)) == 3
+    assert safe_stem(os.fsdecode(b'plate\xff.png')) == 'plate\ufffd' and safe_stem('.png') == '.png'
+
+@ENOUGH_EXAMPLES
+@given(stems=st.lists(st.text('aAbß_12.:é\u0301', min_size=1, max_size=5) | st.sampled_from(['x', 'x_2', 'X_overlay', 'x_labels', 'submission', 'instances', 'con']), max_size=12), ends=st.lists(st.sampled_from(['.png', '.tif', '.JPG']), min_size=12, max_size=12))
+def test_no_two_files_are_one(stems, ends):
+    "Neither among the files that are written, nor with the pictures that lie there already, on systems where case and composition do not count"
+    paths = [Path('here')/(s.strip('.') + e) for s, e in zip(stems, ends) if s.strip('.')]
+    for out in ('here', 'there', None):
+        names = unique_names(paths, out)
+        files = [n + e for n in names for e in ENDINGS] + list(TOGETHER) + ([p.name for p in set(paths)] if out == 'here' else [])
+        plain = [unicodedata.normalize('NFC', f).casefold() for f in dict.fromkeys(files[:len(names) * len(ENDINGS) + 2])] + [unicodedata.normalize('NFC', f).casefold() for f in set(files[len(names) * len(ENDINGS) + 2:])]
+        written = plain[:len(names) * len(ENDINGS) + 2]
+        assert len(names) == len(paths) and list(names.values()) == paths and len(set(written)) == len(written) and not set(written) & set(plain[len(written):])
+        assert not any(c in '<>:"/\\|?*' for n in names for c in n)
+
+def test_a_json_tells_plates_apart(tmp_path):
+    t = objects(np.ones((1, 3, 4), bool))
+    def names(*paths):
+        named = unique_names(paths)
+        return [r['file_name'] for r in to_coco(dict.fromkeys(named, t), named, CLASSES)['images']]
+    assert names(tmp_path/'p1'/'A.png', tmp_path/'p2'/'A.png') == ['p1/A.png', 'p2/A.png'] and names(tmp_path/'p'/'A.png') == ['A.png']
+    assert names(tmp_path/'A.png', tmp_path/'p'/'q'/'A.png') == ['A.png', 'p/q/A.png'] and names('A.png', 'b.png') == ['A.png', 'b.png'] and names() == []
+    assert names('../x/A.png', tmp_path/'A.png')[0].endswith('x/A.png') and names(os.fsdecode(b'\xff.png')) == ['\ufffd.png']
+
+# ---- bytes at random
+
+READERS = {
+    'x.geojson': lambda p: read_geojson(p, (40, 50), CLASSES), 'c.json': lambda p: from_coco(p), 's.csv': lambda p: read_submission(p, dict(x=(40, 50))),
+    'x_labels.tif': lambda p: read_labels(p), 'x.png': lambda p: read_labels(p)}
+
+def written(folder, name):
+    s = Instances.from_label_map(np.kron(np.arange(20).reshape(4, 5), np.ones((10, 10), int)))
+    s = Instances.from_masks(s.masks(), 1 + s.labels, np.full(len(s), .5))
+    if name == 'x.geojson': write_geojson(folder/name, s, CLASSES)
+    elif name == 'c.json': (folder/name).write_text(json.dumps(to_coco({'x': s}, {'x': 'x.png'}, CLASSES)))
+    elif name == 's.csv': submission_csv(folder/name, {'x': s})
+    elif name == 'x.png': Image.fromarray(s.label_map().astype(np.uint8)).save(folder/name)
+    else: write_labels(folder/name, s)
+    return (folder/name).read_bytes()
+
+def tried(folder, name, n, seed=0):
+    "How many of `n` damaged files are read, and how many are refused in a sentence; nothing else may happen"
+    good, read, said = written(folder, name), 0, 0
+    for raw in mutations(good, n, seed):
+        (folder/name).write_bytes(raw)
+        try:
+            with within(10): READERS[name](folder/name)
+            read += 1
+        except DataError as e: one_sentence(e, name); said += 1
+    return read, said
+
+@pytest.mark.parametrize('name', READERS)
+def test_bytes_at_random(tmp_path, name):
+    read, said = tried(tmp_path, name, 100)
+    assert said > 20
