@@ -41,6 +41,7 @@ from maskrcnn_edu.data import (
     DataError, InstanceDataset, Instances, load_splits, read_image, shapes_folder, to_uint8,
     write_atomic,
 )
+from .data.images import read_pixels
 from .evaluate import CocoEval, CocoMetrics, none_if_nan
 from maskrcnn_edu.learner import (
     CentreCrop, FlipTurn, Recolour, SaveState, ScaleCrop, Stretch, ZoomWhole, check_channels,
@@ -59,7 +60,7 @@ from maskrcnn_edu.own_data import (
 )
 from .report import RunLog, command_line, write_report
 from maskrcnn_edu.results import (
-    SMALL, Format, read_pixels, unique_names, write_results, write_together,
+    SMALL, Format, unique_names, write_results, write_together,
 )
 from .tiles import open_picture, predict_flipped, predict_tiled
 from .trace import trace_page
@@ -616,7 +617,7 @@ def predict(
                 predict_flipped if flips else predict_instances,
             )
             # as the camera stored them
-            measured = read_pixels(path, image.shape[:2]) if Format.csv in formats else None
+            measured = read_pixels(path).values if Format.csv in formats else None
             write_results(
                 out, name, to_draw(image), found[name], classes, formats, pixel_size, measured
             )
