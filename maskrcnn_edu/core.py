@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'ROLE_COLOURS', 'COLOURS', 'Diagram', 'show_diagram', 'set_seed', 'to_array', 'composite', 'show_image',
-           'show_images', 'show_boxes', 'show_masks', 'show_instances', 'explore']
+           'show_images', 'class_name', 'show_boxes', 'show_masks', 'hatch', 'show_crowds', 'draw_objects',
+           'show_instances', 'explore']
 
 # %% ../nbs/00_core.ipynb #506a5fe9
 import os, random
@@ -149,9 +150,18 @@ COLOURS = [
     )
 ]
 
+def class_name(
+    label,       # number of a class, negative for a crowd of its objects; a text stays as it is
+    names=None,  # of the classes, names[0] the background
+) -> str:
+    "'circle' for 2, and 'crowd of circle' for -2."
+    if isinstance(label, str): return str(label)
+    name = str(abs(label) if names is None else names[abs(int(label))])
+    return f'crowd of {name}' if label < 0 else name
+
 def _caption(label=None, score=None, names=None):
     "'circle 0.93' from a label, a score and the names of the classes."
-    words = [] if label is None else [str(names[int(label)] if names is not None else label)]
+    words = [] if label is None else [class_name(label, names)]
     return ' '.join(words + ([] if score is None else [f'{float(score):.2f}']))
 
 def show_boxes(
@@ -215,23 +225,63 @@ def show_masks(
     if len(masks): ax.imshow(layer)
     return ax
 
+# %% ../nbs/00_core.ipynb #00crowd1
+def hatch(
+    mask,    # (H,W) 0 or 1
+    ax,      # axes to draw on
+    colour,  # of lines and edge
+):
+    "Hatch a region and dot its edge; the axes keep their limits."
+    limits, closed = ax.axis(), np.pad(to_array(mask) > 0, 1).astype(float)    # (H+2,W+2)
+    if not closed.any(): return
+    y, x = (np.arange(n) - 1 for n in closed.shape)
+    # a shade below the lines, or a grey picture would hide them
+    area = ax.contourf(x, y, closed, [.5, 1.5], colors=[(0, 0, 0, .35)], hatches=['//'])
+    area.set(edgecolor=colour, linewidth=0)
+    ax.contour(x, y, closed, [.5], colors=[colour], linestyles='dotted')
+    ax.axis(limits)
+
+def show_crowds(
+    instances,   # the objects: boxes (n,4), labels (n,), masks() (n,H,W)
+    ax,          # axes to draw on
+    names=None,  # class names, names[0] the background
+):
+    "Draw the crowds among the objects, whose labels are negative."
+    crowd = to_array(instances.labels) < 0
+    if not crowd.any(): return ax
+    for mask in to_array(instances.masks())[crowd]: hatch(mask, ax, ROLE_COLOURS['ignored'])
+    boxes, labels = to_array(instances.boxes)[crowd], to_array(instances.labels)[crowd]
+    return show_boxes(boxes, ax, labels, None, names, 'ignored', ':')
+
 # %% ../nbs/00_core.ipynb #e1d25ec7
+def draw_objects(
+    instances,   # boxes (n,4), labels (n,), scores (n,) or None, masks() (n,H,W)
+    ax,          # axes to draw on
+    names=None,  # class names, names[0] the background
+    # with more objects than this, no captions and thin boxes, or they would hide the picture
+    captions=30,
+):
+    "Draw objects on axes: mask, box, class, and score where there is one; crowds hatched."
+    real, scores = to_array(instances.labels) > 0, instances.scores
+    boxes, role = to_array(instances.boxes)[real], 'gt' if scores is None else 'prediction'
+    show_crowds(instances, show_masks(to_array(instances.masks())[real], ax), names)
+    if len(boxes) > captions: return show_boxes(boxes, ax, role=role, linewidth=.6)
+    labels = to_array(instances.labels)[real]
+    return show_boxes(
+        boxes, ax, labels, None if scores is None else to_array(scores)[real], names, role=role
+    )
+
 def show_instances(
     image,       # (3,H,W) or (H,W,3)
     instances,   # the objects: boxes (n,4), labels (n,), scores (n,) or None, masks() (n,H,W)
     ax=None,     # axes to draw on
     names=None,  # class names, names[0] the background
     title=None,  # text above
-    # with more objects than this, no captions and thin boxes, or they would hide the picture
-    captions=30,
+    captions=30, # with more objects than this, no captions
 ):
     "Draw an image with its objects: mask, box, class, and score where there is one."
     ax = show_image(image, ax, title, figsize=(4, 4))
-    show_masks(instances.masks(), ax)
-    role = 'gt' if instances.scores is None else 'prediction'
-    if len(instances.boxes) > captions:
-        return show_boxes(instances.boxes, ax, role=role, linewidth=.6)
-    return show_boxes(instances.boxes, ax, instances.labels, instances.scores, names, role=role)
+    return draw_objects(instances, ax, names, captions)
 
 # %% ../nbs/00_core.ipynb #e0010002
 def explore(
