@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
-from .core import set_seed, show_boxes, show_image, show_instances, show_masks
+from .core import draw_objects, set_seed, show_image, show_instances
 from .data import DataError, InstanceDataset, read_image, write_atomic
 from .instances import Door, Instances, to_instances
 from .mask_rcnn import BackboneConfig, MaskRCNN, MaskRCNNConfig, SHAPES, frame_of
@@ -250,8 +250,8 @@ class ScaleCrop(ItemTransform):
     def encodes(self, pair):
         image, instances = pair
         side = round(self.size / np.exp(random.uniform(*np.log(self.scale))))
-        # (n, 2) y and x
-        centres = (instances.boxes[:, 1::-1] + instances.boxes[:, :1:-1]) / 2
+        boxes = instances.boxes[instances.labels > 0]                  # (n, 4): not at a crowd
+        centres = (boxes[:, 1::-1] + boxes[:, :1:-1]) / 2              # (n, 2) y and x
         wanted = (
             random.choice(centres) if len(centres) and random.random() < self.aim else (None, None)
         )
@@ -325,7 +325,8 @@ class Slots(fastuple):
         "The filled slots as objects."
         if len(self) == 4: return to_instances(*self, size, aligned=aligned)
         boxes, labels, masks = (x.cpu().numpy() for x in self)
-        return Instances.from_masks(masks[labels > 0], labels[labels > 0], boxes=boxes[labels > 0])
+        filled = labels != 0                                           # (G,): a crowd is negative
+        return Instances.from_masks(masks[filled], labels[filled], boxes=boxes[filled])
 
 
 @dataclass
@@ -340,18 +341,14 @@ class Shown(Instances):
         **kwargs,
     ):
         "Masks and boxes on the axes."
-        ax, role = ctx or show_image(np.zeros((*self.size, 3), np.uint8)), (
-            'gt' if self.scores is None else 'prediction'
-        )
+        ax = ctx or show_image(np.zeros((*self.size, 3), np.uint8))
         sure = self if self.scores is None else self[self.scores >= min_score]
-        show_masks(sure.masks(), ax)
-        if len(sure) > captions: return show_boxes(sure.boxes, ax, role=role, linewidth=.6)
-        return show_boxes(sure.boxes, ax, sure.labels, sure.scores, self.names, role=role)
+        return draw_objects(sure, ax, self.names, captions)
 
 
 class ToSlots(ItemTransform):
     """Image and objects as tensors of fixed size and back; of too many objects, the largest are
-    kept."""
+    kept, and crowds last."""
     order = 90
     def __init__(self,
         slots: int,      # G
@@ -384,10 +381,12 @@ def to_slots(
     instances: Instances,
     slots: int,           # G
 ) -> Slots:
-    "The objects as tensors, empty slots filled with zeros."
+    "The objects as tensors, empty slots filled with zeros; a crowd only where objects leave room."
     if len(instances) > slots:
         area = (instances.boxes[:, 2:] - instances.boxes[:, :2]).prod(1)
-        instances = instances[np.sort(np.argsort(-area)[:slots])]
+        # crowds after all objects, and they too by size
+        rank = np.where(instances.labels < 0, 1 / np.maximum(area, 1e-6), -area)
+        instances = instances[np.sort(np.argsort(rank)[:slots])]
     pad = lambda x: F.pad(torch.tensor(x), (0, 0) * (x.ndim - 1) + (0, slots - len(x)))
     return Slots(pad(x) for x in (instances.boxes, instances.labels, instances.masks()))
 

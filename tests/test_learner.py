@@ -16,12 +16,15 @@ from fastai.vision.all import Callback, CSVLogger, EarlyStoppingCallback, Gradie
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
-from maskrcnn_edu.data import CLASSES, DataError, load_splits, shapes_folder
+from maskrcnn_edu.boxes import box_iou
+from maskrcnn_edu.data import CLASSES, DataError, InstanceDataset, load_splits, make_shapes, shapes_folder
 from maskrcnn_edu.evaluate import CocoMetrics
-from maskrcnn_edu.learner import (EMA, FrozenNorm, LossInterpretation, PredictionPicture, SaveState, Slots, batch_names, colour, diagram_boxes, heads_first,
-                                  instance_dls, load_state, mask_rcnn_learner, predict_instances, raw_model, split_model)
+from maskrcnn_edu.instances import Instances
+from maskrcnn_edu.learner import (EMA, LOSSES, FlipTurn, FrozenNorm, LossInterpretation, PredictionPicture, SaveState, ScaleCrop, Shown, Slots, ZoomWhole, batch_names, colour, diagram_boxes,
+                                  heads_first, instance_dls, load_state, mask_rcnn_learner, predict_instances, raw_model, split_model, to_slots)
 from maskrcnn_edu.loss_doctor import NaNDoctor, expected_losses, first_losses, overfit_batch, read_curve, read_total
 from maskrcnn_edu.mask_rcnn import SHAPES
+from maskrcnn_edu.record import listening
 
 root = Path(__file__).resolve().parent.parent
 TINY = SHAPES.change(backbone=dict(width=16, channels=32), head=dict(hidden=64, mask_channels=32))
@@ -287,6 +290,115 @@ def test_sigkill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     state = torch.load(file)
     assert (state['x'] == state['i']).all() and state['i'] > 0
     assert halves, 'at least once it was caught in the middle of writing'
+
+
+# ---- crowds: objects with a negative label
+
+def squares(*sides, labels):
+    "Squares on a diagonal, in an image of 128 pixels"
+    masks = np.zeros((len(sides), 128, 128), np.uint8)
+    for i, (mask, side) in enumerate(zip(masks, sides)): mask[12 * i:12 * i + side, 12 * i:12 * i + side] = 1
+    return Instances.from_masks(masks, labels)
+
+def test_objects_take_slots_before_crowds():
+    many = squares(40, 6, 50, 9, 7, labels=[-1, 2, -3, 1, 3])
+    kept = {g: to_slots(many, g)[1].tolist() for g in (1, 2, 3, 4, 5, 6)}
+    assert kept == {1: [1], 2: [1, 3], 3: [2, 1, 3], 4: [2, -3, 1, 3], 5: [-1, 2, -3, 1, 3], 6: [-1, 2, -3, 1, 3, 0]}
+    back = to_slots(many, 8).instances()
+    assert back.labels.tolist() == many.labels.tolist() and (back.boxes == many.boxes).all() and (back.masks() == many.masks()).all()
+
+class Record(str):
+    "The name of a sample in memory"
+    name = property(str)
+
+def in_memory(samples, crowd):
+    "A data set in which `crowd` says of each sample which objects are crowds"
+    labels = lambda o: np.where(crowd(o), -1, 1) * o.labels
+    known = {s.name: replace(s, instances=replace(s.instances, labels=labels(s.instances))) for s in samples}
+    return InstanceDataset(list(map(Record, known)), CLASSES, lambda r: (known[r], []))
+
+def crowded_batch(crowd, n=4, side=128):
+    "Loader and model of a batch in which `crowd` says of each sample which objects are crowds; eval mode, so that the noise is always the same"
+    data = in_memory(make_shapes(n, seed=21, level='hard', size=side), crowd)
+    learn = mask_rcnn_learner(instance_dls(data.subset(range(n)), data, item_tfms=(), slots=16, bs=n, device='cpu', shuffle=False), TINY)
+    images, targets = learn.dls.valid.one_batch()
+    return learn.model.eval(), images.as_subclass(torch.Tensor), [t.as_subclass(torch.Tensor) for t in targets]
+
+def told(model, images, targets):
+    "The losses, and what the heads should have said"
+    with listening(model) as notes: losses = model(images, *targets)
+    return losses, notes
+
+def in_a_crowd(boxes, targets, i):
+    "Which boxes touch a crowd of image i"
+    return (box_iou(boxes, targets[0][i][targets[1][i] < 0]) >= .001).any(1)
+
+def test_a_crowd_reaches_the_targets_and_asks_nothing_there():
+    "From data set through loader and slots to the labels of anchors and rois: -1 in a crowd, unless an object is there too"
+    model, images, targets = crowded_batch(lambda o: np.arange(len(o)) % 2 == 0)
+    assert (targets[1] < 0).sum() > 6 and (targets[1] > 0).sum() > 6
+    losses, notes = told(model, images, targets)
+    dropped = [targets[0], targets[1].clamp(min=0), targets[2]]
+    _, without = told(model, images, dropped)
+    wrong = dict(anchors=0, rois=0)
+    for i in range(len(images)):
+        near = in_a_crowd(notes['anchors'], targets, i)
+        labels, before = notes['rpn_targets'].labels[i], without['rpn_targets'].labels[i]
+        assert not (labels[near] == 0).any() and (labels[~near] == 0).any()
+        wrong['anchors'] += (before[near] == 0).sum()
+        rois, labels = notes['head_targets'].rois[i], notes['head_targets'].labels[i]
+        assert not (labels[in_a_crowd(rois, targets, i)] == 0).any() and not (labels < -1).any() and (labels > 0).any()
+        real = targets[1][i] > 0
+        assert set(labels[labels > 0].tolist()) <= set(targets[1][i][real].tolist())
+        wrong['rois'] += (without['head_targets'].labels[i][in_a_crowd(without['head_targets'].rois[i], targets, i)] == 0).sum()
+    assert wrong['anchors'] > 20 and wrong['rois'] > 20, 'with the crowds dropped, their places would be taught as background'
+    assert all(v.isfinite() for v in losses.values())
+
+def test_a_batch_of_crowds_only_teaches_the_background_around_them():
+    model, images, targets = crowded_batch(lambda o: np.ones(len(o), bool))
+    assert (targets[1] <= 0).all() and (targets[1] < 0).any()
+    losses, notes = told(model, images, targets)
+    for i in range(len(images)):
+        assert (notes['rpn_targets'].labels[i] <= 0).all() and (notes['head_targets'].labels[i] <= 0).all()
+        assert not (notes['rpn_targets'].labels[i][in_a_crowd(notes['anchors'], targets, i)] == 0).any()
+    zero = {k for k, v in losses.items() if v == 0}
+    assert zero == {'loss_rpn_box_reg', 'loss_box_reg', 'loss_mask'} and all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+def test_one_crowd_over_the_whole_picture_teaches_nothing():
+    model, images, _ = crowded_batch(lambda o: np.ones(len(o), bool))
+    boxes, labels, masks = torch.tensor([[[0., 0, 128, 128]]] * 4), torch.full((4, 1), -2), torch.ones(4, 1, 128, 128, dtype=torch.uint8)
+    losses, notes = told(model, images, (boxes, labels, masks))
+    assert (notes['rpn_targets'].labels == -1).all() and (notes['head_targets'].labels == -1).all()
+    assert set(losses) == set(LOSSES) and all(v == 0 for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+def test_a_run_with_crowds_trains_and_is_measured(tmp_path):
+    train, valid = (in_memory(make_shapes(n, seed=seed), lambda o: np.arange(len(o)) == 0) for n, seed in ((8, 1), (4, 2)))
+    coco, crops = CocoMetrics(CLASSES), [FlipTurn(), ScaleCrop(128, aim=.9)]
+    learn = mask_rcnn_learner(instance_dls(train, valid, item_tfms=crops, batch_tfms=colour(), bs=4, device='cpu'), TINY, path=tmp_path, cbs=coco, metrics=coco.metrics())
+    with quiet(learn): learn.fit(1, 1e-3)
+    assert all(map(math.isfinite, learn.recorder.values[-1][:2])) and sum((t.labels < 0).sum() for t, _ in coco.pairs) == 4
+    learn.dls.show_batch(max_n=2), learn.show_results(max_n=2)
+    plt.close('all')
+
+def test_augmentation_keeps_crowds_and_aims_at_objects():
+    s = make_shapes(1, seed=3, level='crowded', size=256)[0]
+    crowds = replace(s, instances=replace(s.instances, labels=-s.instances.labels))
+    for tfm in (FlipTurn(), ZoomWhole(), ScaleCrop(256)): assert (tfm((s.image, crowds.instances), split_idx=0)[1].labels < 0).all()
+    masks = np.zeros((2, 512, 512), np.uint8)
+    masks[0, 440:470, 440:470], masks[1, :200, :200] = 1, 1
+    one = Instances.from_masks(masks, [1, -1])   # a small object far from a large crowd
+    for _ in range(30): assert 1 in ScaleCrop(64, aim=1.).encodes((np.zeros((512, 512, 3), np.uint8), one))[1].labels
+    ScaleCrop(64, aim=1.).encodes((np.zeros((512, 512, 3), np.uint8), one[[1]]))   # nothing to aim at
+
+def test_a_crowd_in_a_batch_is_shown_as_one():
+    shown = Shown(**vars(squares(40, 30, labels=[1, -2])), names=CLASSES)
+    ax = shown.show()
+    assert [x.get_text() for x in ax.texts] == ['crowd of circle', 'square'] and len(ax.collections) == 2
+    plt.close('all')
 
 
 # ---- loss doctor
