@@ -11,12 +11,13 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 from maskrcnn_edu.checkpoints import load_weights
-from maskrcnn_edu.data import DataError, Fault, InstanceDataset, Instances, Sample, load_splits, make_shapes, shapes_folder, write_coco, CLASSES
+from maskrcnn_edu.data import DataError, Fault, InstanceDataset, Sample, load_splits, make_shapes, shapes_folder, write_coco, CLASSES
 from maskrcnn_edu.evaluate import CocoEval, CocoMetrics, IOUS, match
+from maskrcnn_edu.instances import Instances
 from maskrcnn_edu.learner import SaveState, instance_dls, mask_rcnn_learner, predict_instances
 from maskrcnn_edu.mask_rcnn import MaskRCNN, SHAPES
-from maskrcnn_edu.report import (Html, RunLog, collect, command_line, count, data_warnings, escape, git_commit, of_100, page, read_log, sure_errors, table, tag, training_warnings,
-                                 worst_pictures, write_report)
+from maskrcnn_edu.report import (CROWDS, Html, RunLog, collect, command_line, count, count_labels, data_warnings, escape, facts, git_commit, of_100, page, read_log, sure_errors, table, tag,
+                                 training_warnings, worst_pictures, write_report)
 from test_site import brightness, chromium, look, needs_browser, open_page   # of this folder
 
 HOSTILE = '</td><script>alert(1)</script> & "a" \'b\' <img src=x onerror=alert(2)> $x^$'
@@ -198,6 +199,36 @@ def test_one_class_and_eighty(n_classes, tmp_path):
     p = whole(write_report(tmp_path, MaskRCNN(SHAPES.change(n_classes=n_classes + 1)), data, scored(data, found), found, n_pictures=2))
     assert f'class {n_classes - 1}' in p.said and ('and 75 more' in p.said or n_classes == 1 or 'more in the validation images' in p.said) and p.names['tr'] > n_classes
     assert ('No object of' in p.said) == (n_classes == 80)
+
+def crowded(sample, n=1):
+    "The first n objects are crowds now"
+    return replace(sample, instances=replace(sample.instances, labels=sample.instances.labels * np.where(np.arange(len(sample.instances)) < n, -1, 1)))
+
+def test_a_crowd_is_counted_apart_and_never_missed(tmp_path):
+    plain = make_shapes(24, seed=12, level='crowded')
+    data, n = dataset([crowded(s) for s in plain]), sum(len(s.instances) for s in plain) - 24
+    assert sum(count_labels(data).values()) == n == facts(data)['objects'] and min(count_labels(data)) == 1
+    assert facts(data)[CROWDS] == 24 and facts(data)['most objects in an image'] == max(len(s.instances) for s in plain) - 1
+    assert facts(data)['of them without an object'] == sum(len(s.instances) == 1 for s in plain)
+    found = [replace(s.instances, scores=np.full(len(s.instances), .9, np.float32)) for s in plain]   # every object, those of the crowds too
+    p = whole(write_report(tmp_path, MaskRCNN(SHAPES), data, scored(data, found), found))
+    assert f'hold {n} objects. The model finds {n} of them (100 of 100). Of its {n} finds 0 are wrong' in p.said and 'Nothing is wrong in any image.' in p.said
+    assert f'{CROWDS} 24' in ' '.join(p.said.split()) and 'Hatched in grey is a crowd' in p.said and all('and 1 crowd)' in a for a in p.alts if 'twice: left the truth' in a)
+    nothing = [f[[]] for f in found]
+    p = whole(write_report(tmp_path, MaskRCNN(SHAPES), data, scored(data, nothing), nothing))
+    assert f'“missed”: {n} of {n}' in p.said
+    spoilt = [replace(f, labels=np.where(np.arange(len(f)) == 1, f.labels % 3 + 1, f.labels)) for f in found]
+    p = whole(write_report(tmp_path, MaskRCNN(SHAPES), data, scored(data, spoilt), spoilt))
+    assert '1 wrong, 1 missed, 1 in a crowd' in p.said
+
+def test_a_report_without_crowds_does_not_speak_of_them(shipped):
+    assert 'crowd' not in whole(shipped).said.lower()
+
+def test_validation_of_crowds_only(tmp_path):
+    data = dataset([crowded(s, 99) for s in make_shapes(3, seed=1)])
+    found = [replace(s.instances, labels=abs(s.instances.labels), scores=np.full(len(s.instances), .9, np.float32)) for s in data]
+    p = whole(write_report(tmp_path, MaskRCNN(SHAPES), data, scored(data, found), found, data))
+    assert 'hold no object to find; the model made 0 finds' in p.said and 'Only 0 objects' in p.said and 'No object of square, circle, triangle in the training' in p.said
 
 def test_valid_without_objects(tmp_path, model):
     samples = [replace(s, instances=s.instances[[]]) for s in make_shapes(2, seed=1)]
