@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['VIEWS', 'TURNS', 'Tile', 'cuts', 'tile_grid', 'placed', 'gather', 'extents', 'is_mine', 'cut_at', 'is_cut',
            'near_pairs', 'seen', 'shared', 'keep_best', 'whole_finds', 'overlaid', 'unite', 'connected', 'cut_finds',
-           'looked_behind', 'merge', 'picture_levels', 'piece_of', 'release', 'predict_tiled', 'TiffPicture',
-           'lazy_tiff', 'open_picture', 'turn_back', 'same_finds', 'vote', 'predict_flipped']
+           'looked_behind', 'merge', 'thin_out', 'picture_levels', 'Picture', 'piece_of', 'release', 'predict_tiled',
+           'TiffPicture', 'lazy_tiff', 'large_picture', 'open_picture', 'turn_back', 'same_finds', 'vote',
+           'predict_flipped']
 
 # %% ../nbs/23b_tiles.ipynb #71150003
 import ctypes, math
 from collections import defaultdict
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,14 @@ import tifffile
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .data import DataError, Instances, read_image, tight
-from .learner import predict_instances, stretch, turn
+from .data.files import DataError
+from maskrcnn_edu.data.images import (
+    Pixels, grey_levels, group_channels, npy_head, one_sentence, open_image, read_image,
+    scale_levels, to_picture,
+)
+from .data.tiff import KIND, first_bytes, is_tiff, open_tiff, split_alpha, tiff_turn
+from .instances import Instances, tight
+from .learner import predict_instances, turn
 
 # %% ../nbs/23b_tiles.ipynb #71150009
 class Tile(NamedTuple):
@@ -291,35 +298,64 @@ def merge(
     return merged[np.argsort(-merged.scores, kind='stable')]
 
 # %% ../nbs/23b_tiles.ipynb #71150026
+def thin_out(
+    image,             # (H, W) or (H, W, C), read band by band
+    step: int,         # keep every so many rows and columns
+) -> np.ndarray:       # (n, C)
+    "Some pixels of a large picture"
+    rows = max(1, 256 // step) * step
+    channels = image.shape[2] if image.ndim == 3 else 1
+    some = [
+        np.asarray(image[y : y + rows, :])[::step, ::step].reshape(-1, channels)
+        for y in range(0, image.shape[0], rows)
+    ]
+    return np.concatenate(some)
+
 def picture_levels(
-    image,                    # (H, W) or (H, W, C), read band by band
+    image,                    # (H, W) or (H, W, C)
     percentiles=(0.5, 99.5),  # become black and white
     most=2**20,               # pixels that are looked at, about
 ) -> tuple:                   # low, high; (C,) each where there are not three colours
     "The levels of brightness of a whole picture"
-    step = max(2, math.ceil(math.sqrt(image.shape[0] * image.shape[1] / most)))
-    rows = max(1, 256 // step) * step
-    one_by_one = image.ndim == 3 and image.shape[2] != 3   # dyes, each with levels of its own
-    some = [
-        np.asarray(image[y : y + rows, :])[::step, ::step].reshape(
-            -1, image.shape[2] if one_by_one else 1
-        )
-        for y in range(0, image.shape[0], rows)
-    ]
-    levels = np.percentile(np.concatenate(some), percentiles, axis=0)   # (2, C) or (2, 1)
-    return tuple(levels if one_by_one else levels[:, 0].tolist())
+    some = thin_out(image, max(2, math.ceil(math.sqrt(math.prod(image.shape[:2]) / most))))
+    if some.shape[1] in (1, 3): return tuple(np.percentile(some, percentiles).tolist())
+    return tuple(np.percentile(some, percentiles, axis=0))  # dyes, each with levels of its own
 
 # %% ../nbs/23b_tiles.ipynb #71150029
+class Picture:
+    "Deep or large pixels: of each piece what the network is given, `stored` as in the file"
+    def __init__(self,
+        stored,              # (H, W) or (H, W, C), an array or a file
+        colour: bool=None,   # three channels are colours if this is not said
+        most: int=2**20,     # pixels that are looked at for the levels of brightness
+    ):
+        self.stored, self.most = stored, most
+        self.colour = stored.shape[2:] == (3,) if colour is None else colour
+        self.shape = (*stored.shape[:2], 3 if stored.ndim == 2 else stored.shape[2])
+        self.dtype, self.ndim = np.dtype(np.uint8), 3
+
+    @cached_property
+    def levels(self):        # list of (low, high): of all colours together, or of each dye
+        "What becomes black and white, as `to_uint8` has it"
+        step = max(1, math.ceil(math.sqrt(math.prod(self.shape[:2]) / self.most)))
+        some = thin_out(self.stored, step)
+        return [grey_levels(c) for c in ([some] if self.colour else some.T)]
+
+    def __getitem__(self, where):   # (h, w, C) uint8
+        x = np.asarray(self.stored[where])
+        if x.dtype in (np.uint8, bool): return to_picture(Pixels(x, self.colour))
+        if self.colour or x.ndim == 2: return to_picture(Pixels(scale_levels(x, *self.levels[0])))
+        dyes = zip(np.moveaxis(x, -1, 0), self.levels)
+        return np.stack([scale_levels(c, *levels) for c, levels in dyes], -1)
+
 def piece_of(
     image,        # (H, W) or (H, W, C), an array or a file
     tile: Tile,
-    levels=None,  # become 0 and 255: for deep pixels of a model that does not stretch
 ) -> np.ndarray:  # (h, w, C)
     "The pixels of a tile; of a grey picture three times"
     y1, x1, y2, x2 = tile.box
     piece = np.asarray(image[y1:y2, x1:x2])
-    if piece.ndim == 2: piece = np.repeat(piece[..., None], 3, 2)
-    return piece if levels is None else stretch(piece, levels=levels)
+    return np.repeat(piece[..., None], 3, 2) if piece.ndim == 2 else piece
 
 def release():
     """Freed memory back to the system; glibc keeps it otherwise, in pieces that the next tile does
@@ -344,12 +380,11 @@ def predict_tiled(
             f'image: a picture is (H, W) or (H, W, C), with pixels in it, not {tuple(image.shape)}.'
         )
     size, grid = tuple(image.shape[:2]), tile_grid(image.shape[:2], tile, overlap)
+    if image.dtype != np.uint8: image = Picture(image)
     stretches = getattr(getattr(model, 'config', None), 'stretch', False)
-    # as `to_uint8` has it
-    deep = None if stretches or image.dtype == np.uint8 else picture_levels(image, (.1, 99.9))
     known = dict(levels=picture_levels(image)) if stretches and len(grid) > 1 else {}
     def sure(t):
-        found = predict(model, piece_of(image, t, deep), **known)
+        found = predict(model, piece_of(image, t), **known)
         return found[found.scores >= min_score]
     if len(grid) == 1: return sure(grid[0])
     parts = []
@@ -360,29 +395,26 @@ def predict_tiled(
 
 # %% ../nbs/23b_tiles.ipynb #7115002e
 class TiffPicture:
-    "A compressed TIFF of which only the strips or tiles that are asked for are unpacked"
+    "The samples of a TIFF, of which only the strips or tiles that are asked for are unpacked"
     def __init__(self, path):
-        self.file = tifffile.TiffFile(path)
+        self.path, self.file = path, tifffile.TiffFile(path)
         self.page = self.file.pages[0]
-        alpha = sum(int(e) in (1, 2) for e in self.page.extrasamples)   # transparency is no colour
-        self.shape, self.dtype = self.page.shape, self.page.dtype
-        if self.page.ndim == 3: self.shape = (*self.shape[:2], self.shape[2] - alpha)
-        self.ndim = len(self.shape)
+        self.dtype, samples = self.page.dtype, self.page.samplesperpixel
+        plain, _ = split_alpha(np.empty((1, 1, samples)), self.page)   # transparency is no colour
+        self.shape, self.ndim = (*self.page.shape[:2], *plain.shape[2:]), plain.ndim
         self.unit = self.page.chunks[:2]   # height and width of a strip or tile
-        self.unpack = lru_cache(
-            max(1, 2**26 // int(np.prod(self.page.chunks)) // self.dtype.itemsize)
-        )(self.segment)
+        size = math.prod(self.page.chunks) * self.dtype.itemsize
+        self.unpack = lru_cache(max(1, 2**26 // size))(self.segment)
 
     def segment(self, i):  # (h, w, C)
         "Strip or tile `i`"
-        self.file.filehandle.seek(self.page.dataoffsets[i])
-        return self.page.decode(
-            self.file.filehandle.read(self.page.databytecounts[i]), i,
-            jpegtables=self.page.jpegtables,
-        )[0][0]
+        with one_sentence(self.path):
+            self.file.filehandle.seek(self.page.dataoffsets[i])
+            raw = self.file.filehandle.read(self.page.databytecounts[i])
+            return self.page.decode(raw, i, jpegtables=self.page.jpegtables)[0][0]
 
     def __getitem__(self, where):
-        (y1, y2, step), (x1, x2, _) = (s.indices(n) for s, n in zip(where, self.shape))
+        (y1, y2, _), (x1, x2, _) = (s.indices(n) for s, n in zip(where, self.shape))
         (h, w), across = self.unit, -(-self.shape[1] // self.unit[1])
         out = np.empty((y2 - y1, x2 - x1, self.page.samplesperpixel), self.dtype)
         for r in range(y1 // h, -(-y2 // h)):
@@ -393,37 +425,51 @@ class TiffPicture:
                 out[top - y1 : bottom - y1, left - x1 : right - x1] = self.unpack(r * across + c)[
                     top - r * h : bottom - r * h, left - c * w : right - c * w
                 ]
-        return out[..., 0] if self.ndim == 2 else out[..., :self.shape[2]]
+        return split_alpha(out, self.page)[0]
 
-def lazy_tiff(path):  # array of which pixels are read when asked for; None if that cannot be
+# %% ../nbs/23b_tiles.ipynb #7115012e
+def lazy_tiff(
+    path,
+    series,  # of tifffile
+    order,   # axes of rows, columns and channels
+):           # (H, W) or (H, W, C) samples that are read when asked for; None if that cannot be
     "A TIFF on the disk"
-    with tifffile.TiffFile(path) as f:
-        page, stack = f.pages[0], f.series[0]
-        # channels one after the other, or a stack: `read_image` tells which
-        if stack.ndim > page.ndim: return None
-        if page.axes not in ('YX', 'YXS') or page.photometric.name not in ('MINISBLACK', 'RGB'):
-            return None
-        if page.is_memmappable and not page.extrasamples:
-            return tifffile.memmap(path, page=0, mode='r')
-    picture = TiffPicture(path)
-    picture.segment(0)
+    page = series.keyframe
+    slide = page.photometric == KIND.YCBCR and page.compression == tifffile.COMPRESSION.JPEG
+    plain = slide or page.photometric in (KIND.MINISBLACK, KIND.RGB)
+    if not plain or tiff_turn(page) != 1 or page.bitspersample % 8: return None
+    if series.dataoffset is not None and page.compression == tifffile.COMPRESSION.NONE:
+        rest = [i for i in range(series.ndim) if i not in order]   # of length 1
+        x = tifffile.memmap(path, series=0, mode='r').transpose(order + rest)
+        return split_alpha(x.reshape(*x.shape[:2], -1), page)[0]
+    picture = TiffPicture(path) if series.ndim == page.ndim and page.axes in ('YX', 'YXS') else None
+    if picture: picture.segment(0)   # what cannot be unpacked is known now
     return picture
 
+def large_picture(
+    path,
+    f,              # open file
+    most: int,      # pixels that are read at once
+) -> Picture:       # None of a smaller one, and of one that can only be read at once
+    "A picture on the disk"
+    if first_bytes(f, 6) == b'\x93NUMPY':
+        if math.prod(npy_head(f).size) <= most: return None
+        found = group_channels(np.load(path, mmap_mode='r'))
+        return Picture(found.values, found.colour)
+    if not is_tiff(f): return None
+    series, order = open_tiff(f)
+    if math.prod(series.shape[i] for i in order[:2]) <= most: return None
+    stored, coloured = lazy_tiff(path, series, order), series.keyframe.photometric
+    if stored is None: return None
+    return Picture(stored, coloured != KIND.MINISBLACK and stored.shape[2:] == (3,))
+
 def open_picture(
-    path,  # .npy, .tif, or any picture file
-):         # (H, W) or (H, W, C) array; of .npy and .tif pixels are read when asked for
+    path,            # of any picture file
+    most=2**25,      # pixels that are read at once
+):                   # (H, W, C) uint8; of a larger .npy or .tif a `Picture`
     "A picture to predict in tiles"
-    path = Path(path)
-    if not path.exists(): raise DataError(f'{path}: the image is missing; check the path.')
-    try:
-        if path.suffix.lower() == '.npy': return np.load(path, mmap_mode='r')
-        if path.suffix.lower() in ('.tif', '.tiff') and (picture := lazy_tiff(path)) is not None:
-            return picture
-    except DataError: raise
-    except Exception as e:   # a damaged file, or one that tifffile needs another package for
-        if path.suffix.lower() == '.npy':
-            raise DataError(f'{path}: the array cannot be read ({e}); save it again.') from None
-    return read_image(path)
+    with open_image(path) as f: large = large_picture(path, f, most)
+    return read_image(path) if large is None else large
 
 # %% ../nbs/23b_tiles.ipynb #71150033
 # the eight ways to lay a square on itself

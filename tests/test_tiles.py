@@ -9,9 +9,11 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from skimage.measure import label
 
-from maskrcnn_edu.data import DataError, Instances
+from maskrcnn_edu.data.files import DataError
+from maskrcnn_edu.data.images import Pixels, read_image, read_pixels, to_picture, to_uint8
+from maskrcnn_edu.instances import Instances
 from maskrcnn_edu.learner import stretch, turn
-from maskrcnn_edu.tiles import (VIEWS, TiffPicture, cuts, extents, gather, is_cut, is_mine, merge, near_pairs, open_picture, picture_levels, placed, predict_flipped,
+from maskrcnn_edu.tiles import (VIEWS, Picture, TiffPicture, cuts, extents, gather, is_cut, is_mine, merge, near_pairs, open_picture, picture_levels, placed, predict_flipped,
     predict_tiled, shared, tile_grid, turn_back, vote)
 
 
@@ -151,46 +153,105 @@ def test_levels_are_those_of_stretch(size):
     image = np.random.default_rng(0).normal(60, 12, (*size, 3)).clip(0, 255).astype(np.uint8)
     assert picture_levels(image) == tuple(np.percentile(image[::2, ::2], (.5, 99.5))) and (stretch(image, levels=picture_levels(image)) == stretch(image)).all()
 
-def test_models_that_stretch_get_the_levels_of_the_picture():
+def test_models_get_8_bits_and_those_that_stretch_the_levels_of_the_picture():
     image, got = np.random.default_rng(0).integers(0, 200, (100, 120)).astype(np.uint16) * 300, []
-    def predict(model, piece, **known): got.append((piece.dtype, piece.shape[2], known)); return whole(np.zeros(piece.shape[:2], np.uint8))
-    predict_tiled(SimpleNamespace(config=SimpleNamespace(stretch=True)), image, 64, 16, predict=predict)
-    assert all(g == (np.uint16, 3, dict(levels=picture_levels(image))) for g in got) and len(got) == 6
-    got.clear()
-    predict_tiled(SimpleNamespace(config=SimpleNamespace(stretch=False)), image, 64, 16, predict=predict)
-    assert all(g == (np.uint8, 3, {}) for g in got)
+    def predict(model, piece, **known): got.append((piece, known)); return whole(np.zeros(piece.shape[:2], np.uint8))
+    for stretches in (True, False):
+        got.clear()
+        predict_tiled(SimpleNamespace(config=SimpleNamespace(stretch=stretches)), image, 64, 16, predict=predict)
+        known = dict(levels=picture_levels(Picture(image))) if stretches else {}
+        assert len(got) == 6 and all(p.dtype == np.uint8 and p.shape[2] == 3 and k == known for p, k in got)
+        for (p, _), t in zip(got, tile_grid((100, 120), 64, 16)): assert (p == to_uint8(image)[t.box[0]:t.box[2], t.box[1]:t.box[3], None]).all()      # as a data set reads it
+
+@pytest.mark.parametrize('shape', [(90, 70), (90, 70, 3), (90, 70, 5)])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.int32, np.float32, bool])
+def test_a_picture_in_pieces_is_the_picture(shape, dtype):
+    stored = (np.random.default_rng(0).random(shape) * 250).astype(dtype)
+    if dtype == np.float32: stored[:5, :7], stored[20], stored[60:, 3] = np.nan, np.inf, -np.inf
+    picture, true = Picture(stored), to_picture(Pixels(stored, shape[2:] == (3,)))
+    assert picture.shape == true.shape and picture.dtype == true.dtype and picture.ndim == 3 and (picture[:, :] == true).all() and (picture[3:40, 50:60] == true[3:40, 50:60]).all()
+
+def test_holes_in_floats_do_not_reach_the_network():
+    clean = np.random.default_rng(0).random((100, 120)).astype(np.float32) + 1
+    holed, got = clean.copy(), []
+    holed[:5, :7] = np.nan; holed[50] = np.inf; holed[70:73] = -np.inf
+    def predict(model, piece, **known): got.append((piece, known)); return whole(np.zeros(piece.shape[:2], np.uint8))
+    predict_tiled(SimpleNamespace(config=SimpleNamespace(stretch=True)), holed, 64, 16, predict=predict)
+    assert all(np.isfinite(k['levels']).all() for _, k in got)
+    box = tile_grid((100, 120), 64, 16)[0].box
+    assert abs(got[0][0][8:49, :, 0].astype(int) - to_uint8(clean)[box[0]:box[2], box[1]:box[3]][8:49]).max() <= 2 and got[0][0][:5, :7].max() == 0 and got[0][0][50].min() == 255
 
 
-PACKED = {'plain': {}, 'strips': dict(compression='zlib', rowsperstrip=7), 'one strip': dict(compression='zlib'), 'tiles': dict(compression='zlib', tile=(32, 48)), 'plain tiles': dict(tile=(32, 48))}
+PACKED = {'plain': {}, 'strips': dict(compression='zlib', rowsperstrip=7), 'one strip': dict(compression='lzw'), 'tiles': dict(compression='zlib', tile=(32, 48)), 'plain tiles': dict(tile=(32, 48)), 'big': dict(byteorder='>', bigtiff=True, tile=(16, 16))}
 
 @pytest.mark.parametrize('how', PACKED)
-@pytest.mark.parametrize('channels, dtype', [(0, np.uint8), (0, np.uint16), (3, np.uint8), (4, np.uint8), (3, np.uint16)])
-def test_tiff(tmp_path, how, channels, dtype):
+@pytest.mark.parametrize('channels, dtype', [(0, np.uint8), (0, np.uint16), (0, np.float32), (3, np.uint8), (4, np.uint8), (3, np.uint16)])
+def test_a_large_tiff_is_read_piece_by_piece(tmp_path, how, channels, dtype):
     image = np.random.default_rng(0).integers(0, 255, (101, 87, channels) if channels else (101, 87)).astype(dtype)
-    tifffile.imwrite(tmp_path/'a.tif', image, **PACKED[how] | (dict(photometric='rgb') if channels else {}) | (dict(extrasamples=['unassalpha']) if channels == 4 else {}))
-    picture, true = open_picture(tmp_path/'a.tif'), image[..., :3] if channels else image
-    assert picture.shape == true.shape and picture.ndim == true.ndim and picture.dtype == dtype
-    for y1, x1, y2, x2 in ((0, 0, 101, 87), (33, 50, 34, 51), (100, 0, 101, 87), (3, 60, 90, 87)): assert (picture[y1:y2, x1:x2] == true[y1:y2, x1:x2]).all()
-    assert picture_levels(picture) == picture_levels(true)
+    tifffile.imwrite(tmp_path/'a.tif', image, **PACKED[how] | dict(photometric='rgb' if channels else 'minisblack') | (dict(extrasamples=['unassalpha']) if channels == 4 else {}))
+    large, small, true = open_picture(tmp_path/'a.tif', 100), open_picture(tmp_path/'a.tif'), read_pixels(tmp_path/'a.tif').values
+    assert isinstance(large, Picture) and isinstance(small, np.ndarray) and not isinstance(large.stored, np.ndarray) == (how != 'plain')
+    assert large.shape == small.shape == (101, 87, 3) and large.dtype == np.uint8 and large.stored.shape == true.shape and large.stored.dtype == dtype
+    for y1, x1, y2, x2 in ((0, 0, 101, 87), (33, 50, 34, 51), (100, 0, 101, 87), (3, 60, 90, 87)):
+        assert (large.stored[y1:y2, x1:x2] == true[y1:y2, x1:x2]).all() and (large[y1:y2, x1:x2] == small[y1:y2, x1:x2]).all()
+    assert picture_levels(large) == picture_levels(small)
+
+def test_large_channels_one_after_the_other(tmp_path):
+    image = np.random.default_rng(0).integers(0, 4095, (5, 60, 70)).astype(np.uint16)
+    tifffile.imwrite(tmp_path/'a.tif', image, photometric='minisblack', metadata=dict(axes='CYX')), tifffile.imwrite(tmp_path/'rgb.tif', image[:3], photometric='rgb', planarconfig='separate')
+    for name, n in (('a.tif', 5), ('rgb.tif', 3)):
+        large, small = open_picture(tmp_path/name, 100), open_picture(tmp_path/name)
+        assert isinstance(large.stored, np.memmap) and (large.stored[2:9, 3:50] == np.moveaxis(image, 0, -1)[2:9, 3:50, :n]).all() and (large[:, :] == small).all()
+
+def test_what_can_only_be_read_at_once_is(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (60, 70, 3)).astype(np.uint8)
+    write = lambda name, x, **k: tifffile.imwrite(tmp_path/name, x, **k)
+    write('turned.tif', image, photometric='rgb', extratags=[(274, 3, 1, 6, True)]), write('white.tif', image[..., 0], photometric='miniswhite'), write('bits.tif', image[..., 0] > 99, photometric='minisblack')
+    write('palette.tif', image[..., 0], photometric='palette', colormap=np.random.default_rng(0).integers(0, 65535, (3, 256)).astype(np.uint16)), Image.fromarray(image).convert('CMYK').save(tmp_path/'cmyk.tif')
+    write('planes.tif', np.moveaxis(image, -1, 0), photometric='rgb', planarconfig='separate', compression='zlib')
+    for name in ('turned.tif', 'white.tif', 'bits.tif', 'palette.tif', 'cmyk.tif', 'planes.tif'): assert isinstance(found := open_picture(tmp_path/name, 100), np.ndarray) and (found == read_image(tmp_path/name)).all(), name
 
 def test_only_the_segments_asked_for_are_unpacked(tmp_path):
     tifffile.imwrite(tmp_path/'a.tif', np.ones((256, 256), np.uint8), compression='zlib', tile=(64, 64))
-    picture, asked = open_picture(tmp_path/'a.tif'), []
-    picture.unpack = lambda i: asked.append(i) or picture.segment(i)
-    assert isinstance(picture, TiffPicture) and picture[70:130, 10:60].all() and asked == [4, 8]
+    stored, asked = open_picture(tmp_path/'a.tif', 100).stored, []
+    stored.unpack = lambda i: asked.append(i) or stored.segment(i)
+    assert isinstance(stored, TiffPicture) and stored[70:130, 10:60].all() and asked == [4, 8]
+
+def test_a_tiff_in_plain_tiles_takes_little_memory(tmp_path):
+    "What `read_pixels` says to do with a picture that does not fit."
+    import tracemalloc
+    tifffile.imwrite(tmp_path/'a.tif', shape=(6000, 7000, 3), dtype=np.uint8, tile=(256, 256), photometric='rgb', data=(np.full((256, 256, 3), i % 200, np.uint8) for i in range(24 * 28)))
+    tracemalloc.start()
+    picture = open_picture(tmp_path/'a.tif')
+    piece = picture[3000:3512, 4000:4512]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(picture, Picture) and most < 3e7 and (piece == tifffile.imread(tmp_path/'a.tif')[3000:3512, 4000:4512]).all()
 
 def test_other_pictures(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
-    Image.fromarray(image).save(tmp_path/'a.png'), np.save(tmp_path/'a.npy', image), Image.fromarray(image).save(tmp_path/'lzw.tif', compression='tiff_lzw')
-    for name in ('a.png', 'a.npy', 'lzw.tif'): assert (open_picture(tmp_path/name)[5:9, 2:20] == image[5:9, 2:20]).all(), name
-    assert isinstance(open_picture(tmp_path/'a.npy'), np.memmap)
+    Image.fromarray(image).save(tmp_path/'a.png'), np.save(tmp_path/'a.npy', image), np.save(tmp_path/'f.npy', image[..., 0] / 255), Image.fromarray(image).save(tmp_path/'lzw.tif', compression='tiff_lzw')
+    for name in ('a.png', 'a.npy', 'f.npy', 'lzw.tif'):
+        for most in (1, 10**6): assert (open_picture(tmp_path/name, most)[5:9, 2:20] == read_image(tmp_path/name)[5:9, 2:20]).all(), name
+    assert isinstance(open_picture(tmp_path/'a.npy', 1).stored, np.memmap) and open_picture(tmp_path/'f.npy', 1).stored.dtype == float
 
-@pytest.mark.parametrize('name, content', [('a.tif', b'no picture'), ('a.npy', b'no array'), ('a.png', b''), ('missing.tif', None), ('stack.tif', np.zeros((20, 30, 40), np.uint8))])
-def test_bad_files_get_one_sentence(tmp_path, name, content):
+@pytest.mark.parametrize('most', [1, 10**6])
+@pytest.mark.parametrize('name, content', [('a.tif', b'no picture'), ('a.npy', b'no array'), ('a.png', b''), ('missing.tif', None), ('stack.tif', np.zeros((20, 30, 40), np.uint8)), ('chw.npy', np.zeros((3, 30, 40))), ('page.tif', b'<html></html>')])
+def test_bad_files_get_one_sentence(tmp_path, name, content, most):
     if isinstance(content, bytes): (tmp_path/name).write_bytes(content)
+    elif name.endswith('.npy'): np.save(tmp_path/name, content)
     elif content is not None: tifffile.imwrite(tmp_path/name, content, photometric='minisblack')
-    with pytest.raises(DataError) as e: open_picture(tmp_path/name)
-    assert name in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(DataError) as e: open_picture(tmp_path/name, most)
+    assert str(e.value).startswith(f'{tmp_path/name}: ') and '\n' not in str(e.value) and str(e.value).count(name) == 1
+
+def test_a_damaged_tile_is_one_sentence_when_it_is_reached(tmp_path):
+    tifffile.imwrite(tmp_path/'a.tif', np.random.default_rng(0).integers(0, 255, (256, 256)).astype(np.uint8), compression='zlib', tile=(64, 64))
+    with tifffile.TiffFile(tmp_path/'a.tif') as f: at = f.pages[0].dataoffsets[9]
+    raw = bytearray((tmp_path/'a.tif').read_bytes())
+    raw[at:at + 200] = bytes(200)
+    (tmp_path/'a.tif').write_bytes(raw)
+    picture = open_picture(tmp_path/'a.tif', 100)
+    with pytest.raises(DataError, match=r'a\.tif: the image cannot be read'): picture[:, :]
 
 
 @settings(max_examples=50, deadline=None)
