@@ -12,7 +12,7 @@ __all__ = ['LOSSES', 'SHORT', 'total_loss', 'IMAGENET', 'OURS', 'turn', 'resize_
            'load_imagenet', 'mask_rcnn_learner', 'tensorboard_log', 'show_results', 'plot_top_losses',
            'LossInterpretation', 'to_input', 'prepare', 'restore', 'door_of', 'predict_instances', 'Stages',
            'heads_first', 'PredictionPicture', 'diagram_boxes', 'EMA', 'FrozenNorm', 'raw_model', 'SaveState',
-           'history_csv', 'plain', 'save_atomic', 'find_state', 'load_state']
+           'history_csv', 'plain', 'save_atomic', 'find_state', 'read_state', 'load_state']
 
 # %% ../nbs/20_learner.ipynb #b24a1fb3
 import math, os, random
@@ -1035,11 +1035,16 @@ def plain(x):
 def save_atomic(state, file):
     "Write a torch file in one move: the old one stays whole until the new one is."
     part = Path(file).with_suffix('.part')
-    with open(part, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())   # on the disk before it takes the place of the old one
-    os.replace(part, file)
+    try:
+        with open(part, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())   # on the disk before it takes the place of the old one
+        os.replace(part, file)
+    except RuntimeError as e:      # of PyTorch's writer, while it handles what went wrong
+        if isinstance(e.__context__, OSError): raise e.__context__ from None
+        raise
+    finally: part.unlink(missing_ok=True)
 
 
 def find_state(
@@ -1054,17 +1059,27 @@ def find_state(
     return file
 
 
-def load_state(
-    learn: Learner,
+def read_state(
     path,             # folder with state.pth
-) -> dict:            # the rest of the file: epochs done, and what `SaveState` was given
-    "Model and optimiser as they were after the last finished epoch."
+) -> dict:            # what `SaveState` kept
+    "A run as it was after the last finished epoch."
     file = find_state(path)
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:
         raise DataError(
             f'{file}: cannot be read ({type(e).__name__}); start again without --resume.'
-        ) from e
+        ) from None
+    if isinstance(state, dict) and {'model', 'opt', 'epochs', 'rows', 'smooth'} <= state.keys():
+        return state
+    raise DataError(f'{file}: holds no run; start again without --resume.')
+
+
+def load_state(
+    learn: Learner,
+    path,             # folder with state.pth
+) -> dict:            # the rest of the file: epochs done, and what `SaveState` was given
+    "Model and optimiser as they were after the last finished epoch."
+    file, state = find_state(path), read_state(path)
     if learn.opt is None: learn.create_opt()
     average, ema = state.pop('average', None), getattr(learn, 'ema', None)
     if (average is None) != (ema is None):
