@@ -1,5 +1,5 @@
-"The reader of Kaggle's layout on small made-up sets, run lengths, and the real set where it is"
-import csv, json, pickle, zipfile
+"Nuclei: Kaggle's layout through the one reader, splits, run lengths, and the real set where it is"
+import csv, hashlib, json, pickle, zipfile
 from collections import Counter
 from dataclasses import replace
 
@@ -10,13 +10,20 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskrcnn_edu.data import DataError, Instances, check, make_shapes
-from maskrcnn_edu.nuclei import (dsb_table, find_nuclei, load_nuclei, read_nuclei, read_split, remove_overlaps, rle_decode, rle_encode,
+from maskrcnn_edu.data import DataError, InstanceDataset, Instances, examine, make_shapes, open_dataset, shapes_folder
+from maskrcnn_edu.data.opening import RecordReader
+from maskrcnn_edu.nuclei import (dsb_table, find_nuclei, load_nuclei, nuclei_source, read_split, remove_overlaps, rle_decode, rle_encode,
     submission_csv)
 
 ZIP = find_nuclei()
 real = pytest.mark.skipif(ZIP is None, reason='the zip of nuclei is not here; set MASKRCNN_EDU_NUCLEI to its path')
 IDS = ['a1', 'b2', 'c3']
+
+def read_nuclei(path):
+    "All images of a set, read when asked for"
+    source = nuclei_source(path)
+    records = [r for half in source.halves.values() for r in half]
+    return InstanceDataset(records, source.classes, RecordReader(source.classes), faults=source.faults)
 
 def kaggle(folder, prefix='stage1_train/'):
     "Three images of two sizes with 2, 1 and 0 nuclei"
@@ -50,8 +57,7 @@ def test_layouts(source):
     assert ds.names == IDS and ds.classes == ['background', 'nucleus'] and [s.image.shape for s in ds] == [(16, 16, 3), (20, 30, 3), (20, 30, 3)]
     assert [s.instances.boxes.tolist() for s in ds] == [[[3, 2, 9, 5], [3, 7, 9, 10]], [[3, 2, 9, 5]], []]
     assert all((s.instances.labels == 1).all() and s.instances.scores is None for s in ds)
-    assert [str(f) for f in ds.faults] == [f'{ds.records[2].image}: no mask files; taken as an image without objects']
-    assert read_nuclei(source, ids=['c3', 'a1']).names == ['c3', 'a1']
+    assert not [f for f in ds.faults if f.stops]
 
 def test_reader_travels_to_other_processes(source):
     ds = pickle.loads(pickle.dumps(read_nuclei(source)))
@@ -67,14 +73,14 @@ def test_image_and_mask_kinds(folder, mode):
     assert s.image.dtype == np.uint8 and s.image.shape == (16, 16, 3) and s.image.max() == 255
     assert (s.instances.masks()[0] == (pixels > 0)).all() and s.instances.boxes[0].tolist() == [5, 4, 9, 8]
 
-@pytest.mark.parametrize('place,damage,words', [('images/a1.png', lambda b: b[:40], 'cannot be read'), ('masks/0.png', lambda b: b'', 'cannot be read'),
+@pytest.mark.parametrize('place,damage,words', [('images/a1.png', lambda b: b[:40], 'cannot be read'), ('masks/0.png', lambda b: b'', 'is empty'),
     ('masks/0.png', lambda b: b[:50], 'cannot be read')])
 def test_damage(folder, tmp_path, place, damage, words):
     file = folder/'stage1_train/a1'/place
     file.write_bytes(damage(file.read_bytes()))
     for source in (folder, zipped(folder, tmp_path/'set.zip')):
         with pytest.raises(DataError, match=f'{file.name}.*{words}'): read_nuclei(source).preload()
-        assert any(words in f.fault for f in check(read_nuclei(source)))
+        assert any(words in f.fault and f.stops for f in examine(source))
 
 def test_damaged_member_of_a_zip(folder, tmp_path):
     path = zipped(folder, tmp_path/'set.zip')
@@ -82,7 +88,7 @@ def test_damaged_member_of_a_zip(folder, tmp_path):
     data = bytearray(path.read_bytes())
     data[start:start + 8] = bytes(8)
     path.write_bytes(data)
-    with pytest.raises(DataError, match='a1/masks/0.png.*cannot be read'): read_nuclei(path).preload()
+    with pytest.raises(DataError, match='zip is damaged.*a1/masks/0.png.*make it again'): read_nuclei(path)
 
 def test_mask_of_another_size(folder):
     Image.fromarray(np.full((5, 6), 255, np.uint8)).save(folder/'stage1_train/a1/masks/0.png')
@@ -90,17 +96,16 @@ def test_mask_of_another_size(folder):
 
 def test_empty_mask_is_reported(folder):
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(folder/'stage1_train/a1/masks/0.png')
-    ds = read_nuclei(folder, ids=['a1']).preload()
-    assert len(ds[0].instances) == 1 and [f.fault for f in ds.faults] == ['empty mask'] and 'a1/masks/0.png' in ds.faults[0].file
+    ds = read_nuclei(folder)
+    assert len(ds[0].instances) == 1 and [f.fault for f in ds.faults if f.action == 'object dropped'] == ['mask 0.png: empty mask']
 
 def test_not_nuclei(tmp_path, folder):
     with pytest.raises(DataError, match='no such'): read_nuclei(tmp_path/'none')
-    with pytest.raises(DataError, match='no <id>/images'): read_nuclei(tmp_path/'set'/'stage1_train'/'a1'/'masks')
+    with pytest.raises(DataError, match='no layout that is known'): read_nuclei(tmp_path/'set'/'stage1_train'/'a1'/'masks')
     (tmp_path/'x.zip').write_text('x')
     with pytest.raises(DataError, match='neither'): read_nuclei(tmp_path/'x.zip')
-    with pytest.raises(DataError, match='not in it, such as zz'): read_nuclei(folder, ids=['a1', 'zz'])
     Image.new('L', (4, 4)).save(folder/'stage1_train/a1/images/second.png')
-    with pytest.raises(DataError, match='a1 has 2 files'): read_nuclei(folder)
+    with pytest.raises(DataError, match='a1/images: 2 images with the same masks; leave one'): load_nuclei(folder)
 
 def test_zip_that_climbs_out(folder, tmp_path):
     path = zipped(folder, tmp_path/'set.zip')
@@ -188,20 +193,44 @@ def test_real_set():
     train, valid, kinds = load_nuclei(ZIP)
     assert (len(train), len(valid)) == (504, 80) and not set(train.names) & set(valid.names)
     assert Counter(kinds[i] for i in valid.names) == {'fluorescence': 65, 'histology': 13, 'brightfield': 2}
-    assert sum(len(r.masks) for d in (train, valid) for r in d.records) == 25666
-    biggest = max(train.records + valid.records, key=lambda r: len(r.masks))
+    assert sum(len(r.objects) for d in (train, valid) for r in d.records) == 25666
+    biggest = max(train.records + valid.records, key=lambda r: len(r.objects))
     s = next(d for d in (train, valid) if biggest in d.records)
     s = s[s.records.index(biggest)]
-    assert len(s.instances) == len(biggest.masks) == 375 and s.image.shape == (603, 1272, 3)
+    assert len(s.instances) == len(biggest.objects) == 375 and s.image.shape == (603, 1272, 3)
     assert [int(c.sum()) for c in s.instances.crops] == [int(coco_mask.area(r)) for r in s.instances.rles()]
 
 @real
 def test_real_masks_against_a_plain_reading():
     ds = read_nuclei(ZIP)
     with zipfile.ZipFile(ZIP) as z:
+        names = sorted(z.namelist())
         for i in (0, 100, 300):
-            with z.open(ds.records[i].image) as f: image = np.array(Image.open(f))
-            assert (ds[i].image == image[..., :3]).all()
-            masks = ds[i].instances.masks()
-            for name, mask in zip(ds.records[i].masks, masks):
+            inside = [n for n in names if f'/{ds.names[i]}/' in n and n.endswith('.png')]
+            image, = (n for n in inside if '/images/' in n)
+            with z.open(image) as f: assert (ds[i].image == np.array(Image.open(f))[..., :3]).all()
+            masks, files = ds[i].instances.masks(), [n for n in inside if '/masks/' in n]
+            assert len(masks) == len(files)
+            for name, mask in zip(files, masks):
                 with z.open(name) as f: assert (np.array(Image.open(f)) > 0).tolist() == (mask > 0).tolist()
+
+@real
+def test_the_same_bytes_as_before_the_data_room():
+    "Digests of what training is given, recorded when each layout had a reader of its own"
+    *both, kinds = load_nuclei(ZIP)
+    assert [digest(d) for d in both] == ['545ad7c7837b0f3d38b8', 'a30c4d696a0278ffe51a']
+    assert hashlib.sha256(str(sorted(kinds.items())).encode()).hexdigest()[:20] == '95fe753b4f2e6e908f00'
+
+def test_the_same_shapes_as_before_the_data_room():
+    assert [digest(d) for d in open_dataset(shapes_folder())] == ['ad7d694a5dacf8d8c5ff', '75e5b05136fa7bebd4db']
+
+def digest(dataset):
+    "Of pixels, labels, boxes and masks, in their order"
+    h = hashlib.sha256(str(dataset.classes).encode())
+    for s in dataset:
+        h.update(s.name.encode())
+        for x in (s.image, s.instances.labels, s.instances.boxes, s.instances.origins, *s.instances.crops):
+            x = np.ascontiguousarray(x)
+            h.update(str((x.shape, x.dtype.str)).encode())
+            h.update(x.tobytes())
+    return h.hexdigest()[:20]
