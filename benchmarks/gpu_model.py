@@ -89,10 +89,10 @@ def prediction(name, goal, runs):
 
 def shapes_to_ap(minutes, goal=.93):
     "The recipe of the shapes on the GPU, and how long it took to the goal; AP is measured after every epoch, its time included."
-    from maskrcnn_edu.data import load_splits, shapes_folder
+    from maskrcnn_edu.data import open_dataset, shapes_folder
     from maskrcnn_edu.train import SHAPES_RECIPE, fit
     import tempfile
-    train, valid = load_splits(shapes_folder())
+    train, valid = open_dataset(shapes_folder())
     recipe = replace(SHAPES_RECIPE, ap_every=2) if GPU else replace(SHAPES_RECIPE, epochs=1, repeat=1)
     if not GPU: train, valid = train.subset(range(16)), valid.subset(range(8))
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d
 from maskrcnn_edu import cuda
-from maskrcnn_edu.data import load_splits, make_shapes, shapes_folder
+from maskrcnn_edu.data import open_dataset, make_shapes, shapes_folder
 from maskrcnn_edu.detections import paste_masks
 from maskrcnn_edu.evaluate import CocoEval
 from maskrcnn_edu.instances import to_instances
@@ -222,7 +222,7 @@ def time_to_ap(which, goal=.8, every=21, most=3000, seed=0):
     "Seconds of training steps until mask AP on the valid shapes reaches the goal; all see the same batches. 0 torchvision, 1 ours by the same rules, 2 ours by its own."
     SETTINGS['own'] = SETTINGS['shapes'][0].change(**OWN), *SETTINGS['shapes'][1:]
     config, size, bs, _, slots = SETTINGS['shapes']
-    train, valid = load_splits(shapes_folder())
+    train, valid = open_dataset(shapes_folder())
     samples = [train[i] for i in range(len(train))]
     model = pair('own' if which == 2 else 'shapes', seed)[min(which, 1)].train()
     opt = torch.optim.AdamW(model.parameters(), 1e-3, fused=bool(which))

@@ -12,12 +12,12 @@ import torch
 from fastai.callback.training import GradientAccumulation
 from fastai.distributed import *
 from fastai.torch_core import num_distrib, rank_distrib
-from maskrcnn_edu.data import CLASSES, load_splits, shapes_folder
+from maskrcnn_edu.data import CLASSES, open_dataset, shapes_folder
 from maskrcnn_edu.evaluate import CocoMetrics
 from maskrcnn_edu.checkpoints import load_weights
 from maskrcnn_edu.learner import EMA, FrozenNorm, SaveState, colour, instance_dls, losses_of, mask_rcnn_learner, SHAPES
 folder = sys.argv[1]
-train, valid = load_splits(shapes_folder())
+train, valid = open_dataset(shapes_folder())
 
 def fit(config, n_valid, epochs, lr, cbs, start=None):
     dls = instance_dls(train.subset(range(16)), valid.subset(range(n_valid)), batch_tfms=colour(), bs=4, device='cpu')

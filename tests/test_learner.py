@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 from maskrcnn_edu.boxes import box_iou
-from maskrcnn_edu.data import CLASSES, DataError, InstanceDataset, load_splits, make_shapes, shapes_folder
+from maskrcnn_edu.data import CLASSES, DataError, InstanceDataset, open_dataset, make_shapes, shapes_folder
 from maskrcnn_edu.evaluate import CocoMetrics
 from maskrcnn_edu.instances import Instances
 from maskrcnn_edu.learner import (EMA, LOSSES, FlipTurn, FrozenNorm, LossInterpretation, PredictionPicture, SaveState, ScaleCrop, Shown, Slots, ZoomWhole, batch_names, colour, diagram_boxes,
@@ -34,7 +34,7 @@ def quiet(learn):
     with learn.no_bar(), learn.no_logging(), redirect_stdout(StringIO()): yield
 
 def small(path='.', n=16, config=TINY, bs=8, cbs=(), loaders={}, **kwargs):
-    train, valid = load_splits(shapes_folder())
+    train, valid = open_dataset(shapes_folder())
     dls = instance_dls(train.subset(range(n)), valid.subset(range(8)), batch_tfms=colour(), bs=bs, device='cpu', **loaders)
     return mask_rcnn_learner(dls, config, path=path, cbs=cbs, **kwargs)
 
@@ -135,7 +135,7 @@ def test_gradients_of_two_small_batches_are_those_of_their_mean(tmp_path):
 def test_an_exported_learner_predicts_the_same_in_another_process(tmp_path):
     learn = small(tmp_path)
     with quiet(learn): learn.fit(1, 1e-3)
-    picture = load_splits(shapes_folder())[1][0].image
+    picture = open_dataset(shapes_folder())[1][0].image
     Image.fromarray(picture).save(tmp_path/'a.png')
     learn.export('e.pkl')
     code = ('import sys, json, warnings; warnings.simplefilter("ignore")\n'

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 from maskrcnn_edu.checkpoints import load_weights
-from maskrcnn_edu.data import DataError, Fault, InstanceDataset, Sample, load_splits, make_shapes, shapes_folder, write_coco, CLASSES
+from maskrcnn_edu.data import DataError, Fault, InstanceDataset, Sample, open_dataset, make_shapes, shapes_folder, write_coco, CLASSES
 from maskrcnn_edu.evaluate import CocoEval, CocoMetrics, IOUS, match
 from maskrcnn_edu.instances import Instances
 from maskrcnn_edu.learner import SaveState, instance_dls, mask_rcnn_learner, predict_instances
@@ -94,7 +94,7 @@ def guessed(data, seed=0, keep=.8):
     return out
 
 @pytest.fixture(scope='module')
-def shapes(): return load_splits(shapes_folder())
+def shapes(): return open_dataset(shapes_folder())
 
 @pytest.fixture(scope='module')
 def model(): return load_weights('shapes')[0]

@@ -2,7 +2,7 @@
 import pytest
 
 from maskrcnn_edu.checkpoints import load_weights, shipped
-from maskrcnn_edu.data import CLASSES, load_splits, shapes_folder
+from maskrcnn_edu.data import CLASSES, open_dataset, shapes_folder
 from maskrcnn_edu.nuclei import find_nuclei, load_nuclei
 from maskrcnn_edu.train import evaluate
 
@@ -15,7 +15,7 @@ def test_size(name):
 def test_shapes():
     model, classes = load_weights('shapes')
     assert classes == CLASSES
-    scores = evaluate(model, load_splits(shapes_folder())[1])
+    scores = evaluate(model, open_dataset(shapes_folder())[1])
     assert scores['images'] == 100
     assert scores['mask_ap'] >= .95 and scores["box_ap"] >= .925 and scores["mask_ap50"] >= .99
 
