@@ -86,10 +86,9 @@ class RPNTargets(NamedTuple):
 def near_crowd(
     overlap: Tensor,    # (N, G) from `box_iou`
     gt_labels: Tensor,  # (G,) negative = a crowd, many objects in one outline
-    iou=0.001,          # at least this overlap
 ) -> Tensor:            # (N,) bool
     "Boxes that touch a crowd: nobody can say that they are background."
-    return ((gt_labels < 0) & (overlap >= iou)).any(1)
+    return ((gt_labels < 0) & (overlap > 0)).any(1)
 
 # %% ../nbs/07_rpn_targets.ipynb #57febc85b
 def rpn_targets(

@@ -110,7 +110,7 @@ def assign_anchors(
     overlap = box_iou(anchors, boxes)                                            # (A, G)
     iou = torch.where((gt_labels > 0) & used[:, None], overlap, -1.)
     index, labels = match(iou, positive_iou, negative_iou)
-    unclear = ~used | (labels == 0) & near_crowd(overlap, gt_labels)
+    unclear = ~used | (labels == 0) & near_crowd(overlap * (overlap >= .001), gt_labels)
     labels = torch.where(unclear, -1, labels)
     labels = sample_anchors(labels, noise, n_sample, positive_fraction)
     if len(boxes) == 0: return RPNTargets(labels, torch.zeros_like(anchors))

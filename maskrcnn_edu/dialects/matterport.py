@@ -166,7 +166,8 @@ def assign_anchors(
     iou = torch.where(gt_labels > 0, overlap, -1.)
     index, labels = match(iou, positive_iou, negative_iou, keep_best=False)
     if len(boxes): labels = torch.where(best(iou).any(1), 1, labels)
-    labels = torch.where((labels == 0) & near_crowd(overlap, gt_labels), -1, labels)
+    in_crowd = near_crowd(overlap * (overlap >= .001), gt_labels)
+    labels = torch.where((labels == 0) & in_crowd, -1, labels)
     labels = sample_anchors(labels, noise, n_sample, positive_fraction)
     if len(boxes) == 0:
         return RPNTargets(labels, anchors.new_zeros(anchors.shape, dtype=boxes.dtype))
