@@ -126,6 +126,7 @@ FILES = {
     **{f'npy {x.dtype.str} {x.ndim}': entry(npy(x), x, x.ndim == 3) for x in (RGB8, RGB16, GREY8, GREY16.astype('>u2'), GREY16.astype(np.int64), (GREY8 / 255).astype(np.float16), RGB8 / 255, BITS[1].astype(bool))},
     'npy f order': entry(npy(np.asfortranarray(RGB16)), RGB16, True),
     'tiff palette': entry(tiff(GREY8, photometric='palette', colormap=COLOURMAP), TABLE[GREY8], True, numbers=GREY8),
+    'tiff palette of 8 bits': entry(tiff(GREY8, photometric='palette', colormap=TABLE.T.astype(np.uint16)), TABLE[GREY8], True, numbers=GREY8),
     'tiff rgba': entry(tiff(stack(RGB8, ALPHA8), photometric='rgb', extrasamples=['unassalpha']), RGB8, True, ALPHA8),
     'tiff rgba 16 planar': entry(tiff(np.moveaxis(stack(RGB16, ALPHA16), -1, 0), photometric='rgb', planarconfig='separate', extrasamples=['unassalpha']), RGB16, True, ALPHA16),
     'tiff la': entry(tiff(stack(GREY16, ALPHA16), photometric='minisblack', planarconfig='contig', extrasamples=['unassalpha']), GREY16, False, ALPHA16),
@@ -301,6 +302,7 @@ TAG = {'TIFF': lambda t: dict(extratags=[(274, 3, 1, t, True)])}
 TURNED = {
     'jpeg': (lambda t: pillow(RGB8, 'JPEG', quality=95, subsampling=0, exif=exif(t)), 20), 'webp': (lambda t: pillow(RGB8, 'WEBP', lossless=True, exif=exif(t)), 0),
     'png': (lambda t: pillow(RGB8, 'PNG', exif=exif(t)), 0), 'png after its pixels': (lambda t: png(RGB8, 8, 2, after=chunk(b'eXIf', exif(t).tobytes()[6:])), 0),
+    'png after its pixels, in words': (lambda t: png(RGB8, 8, 2, after=chunk(b'tEXt', b'Raw profile type exif\0\nexif\n      26\n' + exif(t).tobytes().hex().encode())), 0),
     'png 16': (lambda t: png(RGB16, 16, 2, chunk(b'eXIf', exif(t).tobytes()[6:])), 0), 'tiff': (lambda t: tiff(RGB8, photometric='rgb', **TAG['TIFF'](t)), 0),
     'tiff 16 lzw': (lambda t: tiff(RGB16, photometric='rgb', compression='lzw', **TAG['TIFF'](t)), 0), 'tiff by Pillow': (lambda t: pillow(RGB8, 'TIFF', exif=exif(t)), 0),
     'tiff cyx': (lambda t: tiff(np.moveaxis(RGB16, -1, 0), photometric='minisblack', metadata=dict(axes='CYX'), **TAG['TIFF'](t)), 0),
@@ -409,6 +411,10 @@ def test_cut_short_is_a_sentence_or_the_whole_picture(kind):
         else: assert np.array_equal(found, whole), end
     assert refused >= 50
 
+def test_a_plain_tiff_cut_short_is_told_so():
+    with pytest.raises(DataError, match=r'^a: the image cannot be read \(it was cut short\)'): read_pixels(io.BytesIO(CUT['tiff'][:-100]), 'a')
+    with pytest.raises(DataError, match=r'\(it was cut short\)'): image_size(io.BytesIO(CUT['tiff'][:-1]))
+
 def grown_png(side):
     raw = bytearray(png(RGB8, 8, 2))
     raw[16:24] = struct.pack('>II', side, side)
@@ -510,6 +516,7 @@ def test_a_member_of_a_zip(tmp_path):
 
 def test_notes_are_of_what_is_unusual():
     assert read_pixels(io.BytesIO(FILES['png rgb'][0])).notes == () == read_pixels(io.BytesIO(FILES['png 1 bit'][0])).notes
+    assert read_pixels(io.BytesIO(png(stack(RGB8, ALPHA8 * 0 + 255), 8, 6))).notes == ()      # opaque everywhere: nothing was ignored
     for name, word in (('png rgba', 'opacity'), ('png rgb 16', 'uint16'), ('jpeg cmyk', 'CMYK'), ('npy <f8 3', 'float64')):
         notes = read_pixels(io.BytesIO(FILES[name][0])).notes
         assert notes and all(len(n) == 2 and all(isinstance(t, str) for t in n) for n in notes) and any(word in what for what, _ in notes), name

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'LIMIT', 'KIND', 'INKS', 'first_bytes', 'is_tiff', 'check_start', 'picture_axes', 'Listener', 'strict_log',
-           'open_tiff', 'check_pieces', 'valid_turn', 'tiff_turn', 'turn_upright', 'no_limit', 'open_pillow',
-           'unpack_tiff', 'unpack_by_pillow', 'split_alpha', 'from_cmyk', 'from_lab', 'sort_samples', 'from_palette']
+           'open_tiff', 'check_pieces', 'valid_turn', 'tiff_turn', 'exif_turn', 'turn_upright', 'no_limit',
+           'open_pillow', 'unpack_tiff', 'unpack_by_pillow', 'split_alpha', 'from_cmyk', 'from_lab', 'sort_samples',
+           'from_palette']
 
 # %% ../../nbs/30c_tiff.ipynb #30ce0000
 import logging, math, os, threading
@@ -150,6 +151,18 @@ def tiff_turn(
     "The orientation that a TIFF tells."
     return valid_turn(page.tags.valueof(274, 1))
 
+def exif_turn(
+    im, # image of Pillow
+    f, # its open file
+): # 1 to 8
+    "The orientation of any file but a TIFF; only a PNG may tell it after its pixels."
+    f.seek(0)
+    words = f.read() if im.format == 'PNG' else b''
+    late = any(w in words for w in (b'eXIf', b'exif', b'xmp'))
+    try: return valid_turn((type(im) if late else Image.Image).getexif(im).get(274, 1))
+    except Exception: return 1  # damaged words beside a picture do it no harm
+
+# %% ../../nbs/30c_tiff.ipynb #30ce0051
 def turn_upright(
     x, # (H,W) or (H,W,C), or None
     turn, # 1 to 8, as EXIF counts
