@@ -61,18 +61,14 @@ BRIGHTNESS = {
 def measure(
     crop, # (h,w) bool
     origin, # y, x of its first pixel
-    image, # (H,W,C)
+    image, # (H,W) or (H,W,C), an array or a file of which pieces are read
 ): # dict, in scikit-image's names
     "Size, shape and brightness of one object, in pixels of the image"
     if not crop.any(): return {'area': 0}
     (y, x), (h, w) = origin, crop.shape
     names = [*dict.fromkeys(k.partition('-')[0] for k in SHAPE), *BRIGHTNESS]
-    row = {
-        k: v[0]
-        for k, v in regionprops_table(
-            crop.astype(np.uint8), image[y : y + h, x : x + w], names
-        ).items()
-    }
+    pixels = np.atleast_3d(np.asarray(image[y : y + h, x : x + w]))  # (h,w,C)
+    row = {k: v[0] for k, v in regionprops_table(crop.astype(np.uint8), pixels, names).items()}
     return row | {
         k: row[k] + o
         for k, o in zip(
@@ -82,7 +78,7 @@ def measure(
 
 # %% ../nbs/23c_results.ipynb #88c1d50d
 def measurements(
-    image, # (H,W) or (H,W,C), any kind of number
+    image, # (H,W) or (H,W,C), any kind of number; an array, or a file of which pieces are read
     instances, # Instances
     classes, # names, 'background' first
     pixel_size=None, # micrometres; adds columns in micrometres
@@ -95,10 +91,9 @@ def measurements(
             f'pixel_size={pixel_size}: a pixel has a size above 0 micrometres; look into the file '
             f'of the microscope'
         )
-    image = np.atleast_3d(image)
     names = SHAPE | {
         f'{k}-{c}': f'{v}_{n}'
-        for c, n in enumerate(channels or range(image.shape[2]))
+        for c, n in enumerate(channels or range((*image.shape, 1)[2]))
         for k, v in BRIGHTNESS.items()
     }
     rows = [measure(c, o, image) for c, o in zip(instances.crops, instances.origins)]
@@ -119,9 +114,9 @@ def measurements(
 
 def check_fit(image, instances):
     "The objects must be those of this image"
-    if tuple(np.shape(image)[:2]) != tuple(instances.size):
+    if tuple(image.shape[:2]) != tuple(instances.size):
         raise DataError(
-            f'the image is {np.shape(image)[0]}x{np.shape(image)[1]} pixels but the objects are '
+            f'the image is {image.shape[0]}x{image.shape[1]} pixels but the objects are '
             f'of one of {instances.size[0]}x{instances.size[1]}; give the image that they were '
             f'found in'
         )

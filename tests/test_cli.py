@@ -594,6 +594,18 @@ def test_predict_measures_what_is_stored(any_weights, tmp_path):
             inside = np.atleast_3d(want)[labels == int(r['id'])]
             assert np.allclose([float(r[f'mean_{c}']) for c in range(inside.shape[1])], inside.mean(0), rtol=1e-5), n
 
+def test_predict_of_a_file_that_is_read_in_pieces(any_weights, tmp_path, monkeypatch):
+    "The same objects and measurements, whether a deep TIFF is read at once or in pieces"
+    from maskrcnn_edu.tiles import open_picture
+    pixels = (make_shapes(1, seed=8, size=400)[0].image[:300, :350].astype(np.uint16) * 16)
+    tifffile.imwrite(tmp_path/'x.tif', pixels, photometric='rgb', tile=(64, 64), compression='zlib')
+    args = ['predict', tmp_path/'x.tif', '--weights', any_weights, '--min-score', 0, '--tile', 192, '--out']
+    ok(*args, tmp_path/'whole')
+    monkeypatch.setattr('maskrcnn_edu.train.open_picture', lambda path: open_picture(path, most=1000))
+    ok(*args, tmp_path/'pieces')
+    whole, pieces = (list(csv.DictReader((tmp_path/d/'x.csv').open())) for d in ('whole', 'pieces'))
+    assert whole == pieces and max(float(r['max_0']) for r in whole) > 255
+
 def test_predict_reads_everything_first(any_weights, pictures, tmp_path):
     "The last of a batch has five channels, is cut off in its last strip, or is a stack: nothing is written for the first"
     good = next(iter(pictures))
