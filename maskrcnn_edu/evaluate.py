@@ -31,8 +31,7 @@ from torch import Tensor
 
 from .anchor_sizes import nearest_anchor_iou, recommend_anchors
 from .core import ROLE_COLOURS, class_name, show_crowds, show_image
-from .data import number
-from .instances import Instances, to_instances
+from .instances import Instances, number, to_instances
 from .mask_rcnn import frame_of
 from .learner import Slots, predict_instances
 

@@ -6,10 +6,10 @@
 __all__ = ['SHAPE', 'LENGTHS', 'BRIGHTNESS', 'PALETTE', 'ENDINGS', 'TOGETHER', 'FORBIDDEN', 'DEVICES', 'FILMS', 'PICTURES',
            'SMALL', 'measure', 'measurements', 'check_fit', 'write_csv', 'write_labels', 'read_labels', 'rings', 'walk',
            'short', 'geometry', 'feature', 'write_geojson', 'fill', 'outlines_of', 'about', 'load_features',
-           'read_geojson', 'safe_stem', 'one_spelling', 'unique_names', 'file_names', 'to_coco', 'from_runs',
-           'from_coco', 'coco_instances', 'read_submission', 'neighbours', 'colour_numbers', 'overlay', 'check_picture',
-           'write_names', 'colour_splash', 'check_film', 'frame_picture', 'read_frames', 'frame_rate', 'write_png',
-           'frame_writer', 'process_video', 'Format', 'write_results', 'write_together']
+           'read_geojson', 'safe_stem', 'one_spelling', 'unique_names', 'file_names', 'to_coco', 'read_submission',
+           'neighbours', 'colour_numbers', 'overlay', 'check_picture', 'write_names', 'colour_splash', 'check_film',
+           'frame_picture', 'read_frames', 'frame_rate', 'write_png', 'frame_writer', 'process_video', 'Format',
+           'write_results', 'write_together']
 
 # %% ../nbs/23c_results.ipynb #86aa873e
 import importlib.util, io, itertools, json, os, unicodedata
@@ -26,13 +26,11 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion, label
 from skimage.measure import regionprops_table
 
-from maskrcnn_edu.data import (
-    DataError, Instances, by_id, coco_rle, crop_boxes, four_numbers, load_json, read_image,
-    tight, to_picture, unpack_counts, write_atomic,
-)
-from .data.images import Pixels
+from .data.files import DataError, write_atomic
+from .data.images import Pixels, read_image, to_picture
 from .data.label_maps import read_label_map
 from .data.writing import coco_dict
+from .instances import Instances, crop_boxes, tight
 from .nuclei import rle_decode, submission_csv
 
 # %% ../nbs/23c_results.ipynb #36cf312a
@@ -411,76 +409,6 @@ def to_coco(
     out = coco_dict(list(zip(files, found.values())), classes)
     for row, name in zip(out['images'], found): row['name'] = name
     return out
-
-# %% ../nbs/23c_results.ipynb #45c3bb80
-def from_runs(
-    counts, # run lengths down the columns, zeros first
-    size, # (H,W)
-): # bool crop, its y, its x
-    "The mask of run lengths, unpacked in the columns that it touches only"
-    H, ends = size[0], np.cumsum(counts)
-    starts, ends = ends[:-1:2], ends[1::2]
-    if not len(starts) or starts[0] == ends[-1]: return np.zeros((0, 0), bool), 0, 0
-    first, last = starts[0] // H, (ends[-1] - 1) // H
-    strip = np.zeros((last - first + 1) * H, bool)
-    for a, z in zip(starts - first * H, ends - first * H): strip[a:z] = True
-    crop, y, x = tight(strip.reshape(-1, H).T)
-    return crop, y, x + int(first)
-
-# %% ../nbs/23c_results.ipynb #83afab0c
-def from_coco(
-    path, # of the json
-): # dict name -> Instances, names of the classes
-    "What `to_coco` wrote, or any COCO json without its crowds; the images are not needed"
-    found = load_json(path)
-    rows = by_id(path, found['images'], 'image', ['file_name', 'height', 'width'])
-    kinds = by_id(path, found['categories'], 'category', ['name'])
-    by_id(path, found['annotations'], 'annotation', ['image_id', 'category_id', 'segmentation'])
-    objects = {i: [] for i in rows}
-    for a in found['annotations']:
-        if a['image_id'] not in rows or a['category_id'] not in kinds:
-            raise DataError(
-                f"{path}: annotation {a['id']} is of an image or a category that is not in the "
-                f"lists; add it or remove the annotation"
-            )
-        if not a.get('iscrowd'): objects[a['image_id']].append(a)
-    names = unique_names(r['file_name'] for r in rows.values())
-    return {
-        n: coco_instances(r, objects[i], sorted(kinds), path)
-        for n, (i, r) in zip(names, rows.items())
-    }, ['background', *(kinds[k]['name'] for k in sorted(kinds))]
-
-def coco_instances(
-    image, # its row in the json
-    annotations, # its rows
-    ids, # of the categories, in order
-    path, # for messages
-): # Instances
-    "The objects of one image of a COCO json"
-    size, cuts = (image['height'], image['width']), []
-    for a in annotations:
-        where = f"{path}: annotation {a['id']}"
-        try:
-            cuts.append(
-                from_runs(
-                    unpack_counts(coco_rle(a['segmentation'], size, where)['counts'].decode()), size
-                )
-            )
-        except DataError: raise
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise DataError(f'{where}: the mask cannot be decoded ({e}); export it again') from None
-    crops, origins = [c for c, _, _ in cuts], np.array([o for _, *o in cuts], np.int64).reshape(
-        -1, 2
-    )
-    boxes, scores = crop_boxes(crops, origins), [a.get('score') for a in annotations]
-    for box, a in zip(boxes, annotations):
-        if four_numbers(a.get('bbox')):
-            box[:] = *a['bbox'][:2], *np.add(a['bbox'][:2], a['bbox'][2:])
-    labels = np.array([ids.index(a['category_id']) + 1 for a in annotations], np.int64)
-    return Instances(
-        size, boxes, labels, crops, origins,
-        np.array(scores, np.float32) if scores and None not in scores else None,
-    )
 
 # %% ../nbs/23c_results.ipynb #1bb9ab1d
 def read_submission(

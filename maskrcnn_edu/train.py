@@ -481,7 +481,7 @@ def train_nuclei(out='runs/nuclei', data=None, epochs=None, recipe=NUCLEI_RECIPE
 
 
 def train_coco(out='runs/coco', data=None, epochs=None, class_from=None, **kwargs) -> dict:
-    "Train on data of one's own, a folder or zip in any layout of lesson 23d."
+    "Train on data of one's own, a folder or zip in any layout of lesson 38."
     if data is None:
         raise DataError(
             'train coco needs --data, a folder or zip: images/ with annotations.json, masks/ or '

@@ -8,7 +8,7 @@ from convert import answers, lessons, nbs, root, title
 here = Path(__file__).resolve().parent
 tests = sorted((root/'tests').glob('test_*.py'))
 ROOMS = {'Boxes and data': ('00', '03'), 'Backbone': ('04', '05'), 'RPN': ('06', '11'), 'Head': ('12', '18'), 'The model': ('19', '19'),
-         'Training': ('20', '22'), 'Using': ('23', '24'), 'Looking': ('40', '49'), 'Other programs': ('50', '59')}   # first and last number
+         'Training': ('20', '22'), 'Using': ('23', '24'), 'Data': ('30', '39'), 'Looking': ('40', '49'), 'Other programs': ('50', '59')}   # first and last number
 
 
 def toctree(caption, entries): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(entries) + '\n```'

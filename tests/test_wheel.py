@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from maskrcnn_edu.data import draw_shapes
+from maskrcnn_edu.data.shapes import draw_shapes
 
 root = Path(__file__).resolve().parent.parent
 

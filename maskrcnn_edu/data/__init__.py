@@ -8,7 +8,3 @@ from .coco import from_coco
 from .writing import coco_dict, png_bytes, write_coco
 from .sources import recognise
 from .opening import examine, fault_table, open_dataset, open_part, repair, shapes_folder
-from . import _legacy
-from ..instances import *
-for _n, _v in vars(_legacy).items():
-    if not _n.startswith('__') and _n not in globals(): globals()[_n] = _v

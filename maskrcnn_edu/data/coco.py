@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['parse_json', 'load_json', 'load_coco', 'id_key', 'rows_by_id', 'missing_key', 'near_folders', 'image_finder',
            'stated_size', 'image_records', 'category_names', 'category_of', 'read_coco_json', 'is_background',
-           'leave_out_no_classes', 'first_id', 'add_object', 'four_numbers', 'from_coco', 'drawn_instances']
+           'leave_out_no_classes', 'first_id', 'add_object', 'four_numbers', 'from_coco', 'result_name',
+           'drawn_instances']
 
 # %% ../../nbs/34_coco.ipynb #34c00003
 import functools, json, math
@@ -254,16 +255,26 @@ def from_coco(
     names = category_names(
         records, path, rows_by_id(records, path, found['categories'], 'category', 'name')
     )
-    boxes = {i: ImageRecord(str(r['file_name']), None, [], stated_size(r))
-             for i, r in images.items()}
+    boxes = {i: ImageRecord(result_name(r), None, [], stated_size(r)) for i, r in images.items()}
     scores = {i: [] for i in images}
     for n, row in enumerate(found['annotations']):
         where = f"annotation {row.get('id', f'number {n}')}"
         add_object(records, path, row, where, boxes, names)
         if not records.faults: scores[id_key(row['image_id'])].append(row.get('score'))
     for f in records.faults: raise DataError(str(f).replace(f.file, str(path), 1))
-    classes = ['background', *records.classes]
-    return {r.name: drawn_instances(path, r, classes, scores[i]) for i, r in boxes.items()}, classes
+    classes, out = ['background', *records.classes], {}
+    for i, r in boxes.items():
+        name, n = r.name, 1
+        while name in out: name, n = f'{r.name}_{n + 1}', n + 1
+        out[name] = drawn_instances(path, r, classes, scores[i])
+    return out, classes
+
+def result_name(
+    row, # of an image
+): # str
+    "What results call an image: its name if `predict` wrote one, else its file without ending."
+    name = row.get('name')
+    return name if isinstance(name, str) else Path(str(row['file_name'])).stem
 
 def drawn_instances(
     path, # of the json, for messages
