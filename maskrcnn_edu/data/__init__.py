@@ -4,7 +4,6 @@ from .files import DataError, write_atomic
 from .images import read_image, read_pixels, to_picture
 from .shapes import CLASSES, LEVELS, Sample, make_shapes
 from .records import Fault, InstanceDataset
-from .coco import from_coco
-from .writing import coco_dict, png_bytes, write_coco
+from .writing import coco_dict, from_coco, png_bytes, write_coco
 from .sources import recognise
 from .opening import examine, fault_table, open_dataset, open_part, repair, shapes_folder

@@ -4,22 +4,18 @@
 
 # %% auto #0
 __all__ = ['parse_json', 'load_json', 'load_coco', 'id_key', 'rows_by_id', 'missing_key', 'near_folders', 'image_finder',
-           'stated_size', 'image_records', 'category_names', 'category_of', 'read_coco_json', 'is_background',
-           'leave_out_no_classes', 'first_id', 'add_object', 'four_numbers', 'from_coco', 'result_name',
-           'drawn_instances']
+           'stated_size', 'image_records', 'category_names', 'category_of', 'four_numbers', 'is_crowd',
+           'read_coco_json', 'is_background', 'leave_out_no_classes', 'first_id', 'add_object']
 
 # %% ../../nbs/34_coco.ipynb #34c00003
 import functools, json, math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from .files import DataError, folder_named
 from .masks import draw_segmentation, whole_number
 from .names import Finder, split_of
 from .records import ImageRecord, ObjectRecord, Records, from_error
-from ..instances import Instances, crop_boxes, tight
 
 # %% ../../nbs/34_coco.ipynb #34c00008
 @functools.lru_cache(maxsize=4)
@@ -160,14 +156,32 @@ def category_names(
 def category_of(
     row, # an annotation
     names, # dict id -> name
-): # name, or the fault and what to do
-    "The class of an annotation."
-    key = id_key(row.get('category_id'))
+): # name or None, (fault, action) or None
+    "The class of an annotation: its category, by id or name; the only one, if there is one."
+    value = row.get('category_id')
+    key = id_key(value)
     if key in names: return names[key], None
-    if row.get('category_id') is None:
-        return None, ('no category (category_id is null)', 'in VIA give the attribute of the class '
-                      'the type dropdown or radio and export again, or export VIA\'s own json')
+    if key in names.values(): return key, None
+    if 'category_id' in row and value is None:
+        return None, ('no category (category_id is null)', 'in VIA give the attribute of the '
+                      'class the type dropdown or radio and export again, or export json of VIA')
+    if len(names) == 1:
+        only, = names.values()
+        return only, (f'the unknown category {key}', f'taken as {only!r}, the only one')
     return None, (f'the unknown category {key}', f'take one of {sorted(names, key=str)}')
+
+def four_numbers(x): # bool
+    "Is this a sound bbox?"
+    sound = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
+    return isinstance(x, (list, tuple)) and len(x) == 4 and all(map(sound, x))
+
+def is_crowd(
+    row, # an annotation
+): # bool
+    "Is it a region of many objects? Also where the mark is text."
+    mark = row.get('iscrowd')
+    if isinstance(mark, str): return mark.strip().casefold() not in ('', '0', 'false', 'no')
+    return bool(mark)
 
 # %% ../../nbs/34_coco.ipynb #34c00013
 def read_coco_json(
@@ -233,68 +247,8 @@ def add_object(
             path, f'{where} is of image {key}, which is not in the list',
             'add the image or remove the annotation', True,
         )
-    elif fault: records.say(path, f'{where} has {fault[0]}', fault[1], True)
+    elif kind is None: records.say(path, f'{where} has {fault[0]}', fault[1], True)
     elif images[key] is not None:
+        if fault: records.say(path, f'{where} has {fault[0]}', fault[1])
         draw = partial(draw_segmentation, row.get('segmentation'))
-        crowd = whole_number(row.get('iscrowd') or 0) != 0
-        images[key].objects.append(ObjectRecord(where, kind, draw, row.get('bbox'), crowd))
-
-# %% ../../nbs/34_coco.ipynb #34c00016
-def four_numbers(x): # bool
-    "Is this a sound bbox?"
-    sound = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    return isinstance(x, (list, tuple)) and len(x) == 4 and all(map(sound, x))
-
-def from_coco(
-    path, # of the json
-): # dict name -> Instances, names of the classes; DataError for any fault
-    "Objects of a COCO json whose images are not needed: what `predict` wrote, or any other."
-    found = load_coco(path)
-    records = Records()
-    images = rows_by_id(records, path, found['images'], 'image', 'file_name')
-    names = category_names(
-        records, path, rows_by_id(records, path, found['categories'], 'category', 'name')
-    )
-    boxes = {i: ImageRecord(result_name(r), None, [], stated_size(r)) for i, r in images.items()}
-    scores = {i: [] for i in images}
-    for n, row in enumerate(found['annotations']):
-        where = f"annotation {row.get('id', f'number {n}')}"
-        add_object(records, path, row, where, boxes, names)
-        if not records.faults: scores[id_key(row['image_id'])].append(row.get('score'))
-    for f in records.faults: raise DataError(str(f).replace(f.file, str(path), 1))
-    classes, out = ['background', *records.classes], {}
-    for i, r in boxes.items():
-        name, n = r.name, 1
-        while name in out: name, n = f'{r.name}_{n + 1}', n + 1
-        out[name] = drawn_instances(path, r, classes, scores[i])
-    return out, classes
-
-def result_name(
-    row, # of an image
-): # str
-    "What results call an image: its name if `predict` wrote one, else its file without ending."
-    name = row.get('name')
-    return name if isinstance(name, str) else Path(str(row['file_name'])).stem
-
-def drawn_instances(
-    path, # of the json, for messages
-    record, # ImageRecord
-    classes, # names, 'background' first
-    scores, # of the objects, or None for each
-): # Instances
-    "The objects of one image, none left out."
-    if record.size is None:
-        raise DataError(f"{path}: image {record.name} has no height and width; add them")
-    cuts, boxes = [], []
-    for o in record.objects:
-        try: cuts.append(tight(o.draw(record.size).mask))
-        except ValueError as e:
-            raise DataError(f'{path}: {o.where}: {e}; export it again') from None
-    origins = np.array([c[1:] for c in cuts], np.int64).reshape(-1, 2)
-    crops = [c[0] for c in cuts]
-    boxes = crop_boxes(crops, origins)
-    for box, o in zip(boxes, record.objects):
-        if four_numbers(o.bbox): box[:] = *o.bbox[:2], *np.add(o.bbox[:2], o.bbox[2:])
-    labels = [classes.index(o.kind) * (-1 if o.crowd else 1) for o in record.objects]
-    scored = np.array(scores, np.float32) if scores and None not in scores else None
-    return Instances(record.size, boxes, np.array(labels, np.int64), crops, origins, scored)
+        images[key].objects.append(ObjectRecord(where, kind, draw, row.get('bbox'), is_crowd(row)))
