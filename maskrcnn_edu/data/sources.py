@@ -270,10 +270,15 @@ def damaged_jsons(layout, folders): # list of Fault
     return out if layout.name != 'coco' else []
 
 def other_parts(folders): # list of Fault
-    "Parts of the data beside train and valid."
-    beside = folders_in(folders['train'].parent) if 'train' in folders else []
-    return [Fault(str(d), 'a part that is neither train nor valid', 'not used')
-            for d in beside if d not in folders.values() and layout_of(d)]
+    "Parts of the data beside train and valid; a half that cannot be read stops."
+    out = []
+    for d in folders_in(folders['train'].parent) if 'train' in folders else []:
+        if d in folders.values(): continue
+        if layout_of(d): out.append(Fault(str(d), 'neither train nor valid', 'not used'))
+        elif split_of(d.name) == 'valid' and image_files(d, deep=True):
+            out.append(Fault(str(d), 'pictures to validate without annotations',
+                             'annotate them or remove the folder', True))
+    return out
 
 def unknown_files(source): # list of Fault
     "Pictures beside the others that nothing speaks of."

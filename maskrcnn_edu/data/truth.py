@@ -127,7 +127,7 @@ def far_pieces(
         y, x = np.unravel_index(np.where(numbers == k, distance, np.inf).argmin(), crop.shape)
         line = np.linspace((y, x), nearest[:, y, x], 20).round().astype(int)
         between = tuple(line[~crop[tuple(line.T)]].T)
-        far += distance[y, x] > gap and others[between].sum() <= covered * len(between[0])
+        far += distance[y, x] - 1 > gap and others[between].sum() <= covered * len(between[0])
     return int(far) if far > 1 else 0
 
 # %% ../../nbs/37_truth.ipynb #37t1ring
