@@ -663,3 +663,224 @@ def test_a_colon_in_the_folder_is_no_end_of_the_name(tmp_path):
     assert {f.file for f in examine(tmp_path/'my: data')} == {'images/img_0.png', 'images/img_1.png', 'images/img_2.png', '.'}
     label_case(tmp_path/'m: x', lambda p, x: Image.fromarray(x[:9, :9].astype(np.uint8)).save(p))
     assert {f.file for f in examine(tmp_path/'m: x')} == {'labels/img_0.png', 'labels/img_1.png', 'labels/img_2.png', '.'}
+
+# ---- the doctor: faults planted in a sound set
+
+def plant(folder):
+    "A sound COCO folder of ten images and a split, and faults put into it: fault -> (file, words)"
+    samples = make_shapes(10, seed=21)
+    write_coco(samples[:7], folder, 'train', CLASSES), write_coco(samples[7:], folder, 'valid', CLASSES)
+    file = lambda i: f'images/{samples[i].name}.png'
+    found = json.loads((folder/'annotations'/'train.json').read_text())
+    first = lambda i: next(a for a in found['annotations'] if a['image_id'] == i + 1)
+    rows, names = found['annotations'], {}
+    def add(i, **kw):
+        rows.append(dict(id=1000 + len(rows), image_id=i + 1, category_id=1, iscrowd=0) | kw)
+        return rows[-1]['id']
+    square = lambda x, y, s: [[x, y, x + s, y, x + s, y + s, x, y + s]]
+    def named(key, i, *words): names[key] = (file(i), *words)
+    named('empty mask', 0, f"annotation {add(0, segmentation=dict(size=[128, 128], counts=[128 * 128]))}: empty mask")
+    named('box outside', 0, f"annotation {add(0, segmentation=square(3, 3, 9), bbox=[300, 5, 10, 10])}: box outside the image")
+    named('box without area', 1, f"annotation {add(1, segmentation=square(3, 3, 9), bbox=[3, 3, 0, 9])}: box without area")
+    names['unknown category'] = ('annotations/train.json', f"annotation {add(1, segmentation=square(3, 3, 9), category_id=77)} has the unknown category 77")
+    first_id = first(2)['id']
+    rows.append(dict(id=first_id, image_id=3, category_id=1, iscrowd=0, segmentation=square(2, 2, 7)))
+    names['duplicate annotation id'] = ('annotations/train.json', f'annotation id {first_id} appears twice')
+    named('mask size', 2, f"annotation {add(2, segmentation=dict(size=[20, 30], counts=[0, 600]))}: the mask is 20x30 but the image is 128x128")
+    found['images'].append(dict(id=1, file_name='other.png', height=128, width=128))
+    names['duplicate image id'] = ('annotations/train.json', 'image id 1 appears twice')
+    found['images'].append(dict(id=500, file_name='gone.png', height=128, width=128))
+    names['missing image'] = ('annotations/train.json', 'gone.png: the image is missing')
+    (folder/file(3)).write_bytes((folder/file(3)).read_bytes()[:len((folder/file(3)).read_bytes()) * 2 // 3])
+    named('truncated image', 3, 'cannot be read')
+    save(folder/'images'/'stray.png', make_shapes(1, seed=77)[0].image)
+    names['orphan'] = ('images/stray.png', 'an image without an entry')
+    named('two points', 4, f"annotation {add(4, segmentation=[[3, 4, 5, 6]])}: mask cannot be decoded (polygon of less than three points)")
+    named('nan', 4, f"annotation {add(4, segmentation=[[3, 4, 9, 4, math.nan, 9]])}: mask cannot be decoded (coordinates that are not numbers)")
+    named('text', 4, f"annotation {add(4, segmentation=[[3, 4, 9, 4, 'x', 9]])}: mask cannot be decoded (coordinates that are not numbers)")
+    named('twice', 5, f"annotation {add(5, segmentation=first(5)['segmentation'], category_id=first(5)['category_id'])} is annotation {first(5)['id']} again")
+    named('one pixel', 5, f"annotation {add(5, segmentation=dict(size=[128, 128], counts=[5, 1, 128 * 128 - 6]))}: object of one pixel")
+    named('thin', 5, f"annotation {add(5, segmentation=[[0, 0, 90, 0, 90, 1, 0, 1]])}: very thin, 1x90 pixels")
+    named('pieces', 6, f"annotation {add(6, segmentation=[*square(1, 1, 5), *square(120, 120, 5)])}: in 2 pieces")
+    Image.fromarray(samples[6].image.astype(np.uint16)[..., 0] * 16).save(folder/file(6))
+    named('16 bit', 6, 'numbers of the type uint16')
+    save(folder/'images'/'alpha.png', np.dstack([make_shapes(1, seed=80)[0].image, np.arange(128 * 128).reshape(128, 128).astype(np.uint8)]))
+    names['alpha'] = ('images/alpha.png', 'an alpha channel')
+    for n, (name, seed) in enumerate((('alpha.png', None), ('Case.png', 81), ('case.png', 82), ('leak.png', None))):
+        found['images'].append(dict(id=600 + n, file_name=name, height=128, width=128))
+        if seed: save(folder/'images'/name, make_shapes(1, seed=seed)[0].image)
+    names['case'] = ('images/case.png', 'its name is that of Case.png')
+    save(folder/'images'/'leak.png', samples[8].image)   # compressed anew: other bytes, the same pixels
+    named('leak', 8, 'the same picture as images/leak.png in train')
+    (folder/'annotations'/'train.json').write_text(json.dumps(found))
+    return names
+
+def test_every_planted_fault_is_named(tmp_path):
+    names = plant(tmp_path/'set')
+    assert len(names) >= 20
+    found = silent(examine, tmp_path/'set')
+    for key, (file, *words) in names.items():
+        assert [f for f in found if f.file == file and all(w in f.fault for w in words)], f'{key}: {file} {words}\n{fault_table(found)}'
+    beside = [f for f in found if not any(f.file == file and all(w in f.fault for w in words) for file, *words in names.values())]
+    assert not beside, fault_table(beside)
+    table = fault_table(found)
+    assert all(f.file in table for f in found) and f'{len(found)} faults' in table
+    with pytest.raises(DataError, match='stop the training.*check'): open_dataset(tmp_path/'set')
+
+def test_repaired_folder_is_sound_and_keeps_every_sound_object(tmp_path):
+    plant(tmp_path/'set')
+    before = {p: p.read_bytes() for p in (tmp_path/'set').rglob('*') if p.is_file()}
+    listed = repair(tmp_path/'set', tmp_path/'out')
+    assert before == {p: p.read_bytes() for p in (tmp_path/'set').rglob('*') if p.is_file()}
+    left = {kind_of(f) for f in examine(tmp_path/'out')}
+    assert left <= {'object of one pixel', 'very thin, #x# pixels', 'numbers of the type uint#', 'opacity (an alpha channel)', 'in # pieces that do not touch'}, left
+    rows = list(csv.DictReader((tmp_path/'out'/'faults.csv').open()))
+    assert [(r['file'], r['fault'], r['action']) for r in rows] == [(f.file, f.fault, f.action) for f in listed] and len(rows) == len(examine(tmp_path/'set'))
+    assert all(r['action'].startswith('left out') for r, f in zip(rows, listed) if f.stops)
+    train, valid = open_dataset(tmp_path/'out')
+    got = {s.name: s.instances for s in [*train, *valid]}
+    for i, s in enumerate(make_shapes(10, seed=21)):
+        if i in (3, 8): assert s.name not in got   # damaged; shared with train
+        else: assert {r['counts'] for r in s.instances.rles()} <= {r['counts'] for r in got[s.name].rles()}, s.name
+    assert {'leak', 'alpha', 'Case', 'case_2'} <= set(train.names) and len(train) == 10 and len(valid) == 2
+
+S = SAMPLES[0].name
+FAULTS = {   # one fault in a set that has no other
+    'an empty mask': (kaggle, lambda p: save(p/'stage1_train'/S/'masks'/'x.png', np.zeros((128, 128), np.uint8)), f'stage1_train/{S}/images/{S}.png', 'mask x.png: empty mask', False),
+    'a mask of another size': (kaggle, lambda p: save(p/'stage1_train'/S/'masks'/'x.png', np.ones((9, 7), np.uint8)), f'stage1_train/{S}/images/{S}.png', 'mask x.png: the mask is 9x7 but the image is 128x128', True),
+    'no image': (kaggle, lambda p: (p/'stage1_train'/S/'images'/f'{S}.png').unlink(), f'stage1_train/{S}/images', 'missing', True),
+    'a damaged mask': (kaggle, lambda p: (p/'stage1_train'/S/'masks'/'x.png').write_bytes(b'\x89PNG\r\n\x1a\n123'), f'stage1_train/{S}/images/{S}.png', 'mask x.png: the image cannot be read', True),
+    'masks of no image': (masks_in_class_folders, lambda p: (p/'images'/f'{S}.png').unlink(), f'masks/{S}', 'masks of no image', True),
+    'no label map': (label_png, lambda p: (p/'labels'/f'{S}.png').unlink(), f'images/{S}.png', 'without an entry', False),
+    'a label map of no image': (label_png, lambda p: (p/'images'/f'{S}.png').unlink(), f'labels/{S}.png', 'label map of no image', True),
+    'a label map of another size': (label_png, lambda p: save(p/'labels'/f'{S}.png', np.ones((9, 9), np.uint8)), f'labels/{S}.png', 'the label map is 9x9', True),
+    'a damaged label map': (label_png, lambda p: (p/'labels'/f'{S}.png').write_bytes(b'\x89PNG'), f'labels/{S}.png', 'cannot be read', True),
+    'no image of VIA': (via_1, lambda p: (p/f'{S}.png').unlink(), 'via_region_data.json', f'{S}.png: the image is missing', True),
+    'a damaged image': (via_1, lambda p: (p/f'{S}.png').write_bytes(b'nothing'), f'{S}.png', 'cannot be read', True),
+    'an image too many': (via_1, lambda p: save(p/'stray.png', np.zeros((9, 9), np.uint8)), 'stray.png', 'without an entry', False),
+    'a region without class': (via_1, lambda p: change_json(p/'via_region_data.json', lambda d: d[f'{S}.png123']['regions']['0']['region_attributes'].clear()), f'{S}.png', 'region 0 has no class', True),
+    'a region that is text': (via_2, lambda p: change_json(p/'project.json', lambda d: d['_via_img_metadata'][f'{S}.png123']['regions'].append('x')), f'images/{S}.png', '1 regions that are none', False),
+    'a shape that is a list': (via_2, lambda p: change_json(p/'project.json', lambda d: d['_via_img_metadata'][f'{S}.png123']['regions'][0].update(shape_attributes=[3])), f'images/{S}.png', 'region 0: ', False),
+    'no segmentation': (coco_polygons, lambda p: change_json(p/'annotations.json', lambda d: d['annotations'][0].update(segmentation={})), f'images/{S}.png', 'annotation 1: mask cannot be decoded', False),
+    'an image of another size': (coco_polygons, lambda p: save(p/'images'/f'{S}.png', np.zeros((50, 60), np.uint8)), f'images/{S}.png', 'the image is 50x60 pixels', True),
+    'an object of the background': (coco_polygons, lambda p: change_json(p/'annotations.json', lambda d: (d['categories'].append(dict(id=9, name='background')), d['annotations'][0].update(category_id=9))), f'images/{S}.png', 'an object of the class background', False),
+    'a point of LabelMe': (labelme, lambda p: change_json(p/f'{S}.json', lambda d: d['shapes'][0].update(shape_type='point')), f'{S}.png', 'shape 0: a point', False),
+    'a line of YOLO': (yolo, lambda p: (p/'labels'/f'{SAMPLES[1].name}.txt').write_text('0 .1 .1 .2 .1 .2 .2\nx y'), f'labels/{SAMPLES[1].name}.txt', 'line 2 is no class', False),
+}
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_one_fault_is_named_once(name, tmp_path):
+    write, spoil, file, words, stops = FAULTS[name]
+    write(SAMPLES, tmp_path/'set')
+    spoil(tmp_path/'set')
+    found = [f for f in silent(examine, tmp_path/'set') if 'the class is' not in f.fault]
+    assert [(f.file, f.stops) for f in found] == [(file, stops)] and words in found[0].fault, fault_table(found)
+
+def test_masks_in_another_tree_are_named_by_their_file(tmp_path):
+    for half in ('train', 'val'):
+        label_png(SAMPLES[:3] if half == 'train' else SAMPLES[3:], tmp_path/half)
+        for kind in ('images', 'labels'): (tmp_path/'set'/kind).mkdir(parents=True, exist_ok=True), shutil.move(tmp_path/half/kind, tmp_path/'set'/kind/half)
+    assert examine(tmp_path/'set') == [] and [len(d) for d in open_dataset(tmp_path/'set')] == [3, 3]
+    save(tmp_path/'set'/'labels'/'train'/f'{S}.png', np.ones((9, 9), np.uint8))
+    assert [f.file for f in examine(tmp_path/'set')] == [f'labels/train/{S}.png']
+
+def test_paths_from_the_working_folder(tmp_path, monkeypatch):
+    label_png(SAMPLES[:3], tmp_path/'set')
+    save(tmp_path/'set'/'labels'/f'{S}.png', np.ones((9, 9), np.uint8))
+    for here, path in ((tmp_path, 'set'), (tmp_path/'set', '.')):
+        monkeypatch.chdir(here)
+        assert [f.file for f in examine(path)] == [f'labels/{S}.png']
+
+def test_a_lenient_pass_after_a_json_that_cannot_be_read(tmp_path):
+    write_coco(SAMPLES[:3], tmp_path/'set', 'train', CLASSES), write_coco(SAMPLES[3:], tmp_path/'set', 'valid', CLASSES)
+    (tmp_path/'set'/'annotations'/'train.json').write_text('{"images": [')
+    (tmp_path/'set'/'images'/f'{SAMPLES[4].name}.png').unlink()
+    found = examine(tmp_path/'set')
+    assert any('not a readable json' in f.fault for f in found) and any('missing' in f.fault and SAMPLES[4].name in f.fault for f in found)
+
+def test_many_alike_are_folded():
+    many = [Fault(f'{i}.png', 'an alpha channel', 'ignored') for i in range(50)] + [Fault('x', 'annotation 3: empty mask', 'object dropped')]
+    assert len(fold(many)) == 5 and '47 more' in fault_table(many) and '51 faults' in fault_table(many) and fault_table([]) == 'no faults'
+
+# ---- splits
+
+def test_same_picture_is_never_on_both_sides(tmp_path):
+    twins = [replace(SAMPLES[0], name=f'twin{i}') for i in range(6)]
+    coco_rle([*SAMPLES[1:4], *twins], tmp_path/'set')
+    for seed in range(6):
+        train, valid = open_dataset(tmp_path/'set', seed, valid=.4)
+        assert len(train) + len(valid) == 9 and not (any(n[:4] == 'twin' for n in train.names) and any(n[:4] == 'twin' for n in valid.names))
+
+@given(st.lists(st.booleans(), min_size=2, max_size=9).filter(lambda x: sum(x) > 1), st.integers(0, 99), st.sampled_from([.1, .2, .5]))
+@settings(max_examples=80, deadline=None)
+def test_both_halves_have_objects_where_two_pictures_have(has, seed, valid):
+    from maskrcnn_edu.data.doctor import Source
+    from maskrcnn_edu.data.opening import halves_of
+    from maskrcnn_edu.data.records import ImageRecord
+    records = [ImageRecord(str(i), Path(str(i))) for i in range(len(has))]
+    samples = {r: Sample(None, SAMPLES[0].instances[:int(h)], r.name) for r, h in zip(records, has)}
+    source = Source(Path('x'), Path('x'), 'coco', dict(all=records), OBJECT, [], samples, {r: r for r in records})
+    halves = halves_of(source, seed, valid)
+    assert all(source.count(half) > 0 for half in halves.values()) and sorted(r.name for half in halves.values() for r in half) == [r.name for r in records]
+    assert len(halves['valid']) == max(1, round(valid * len(has))) and halves == halves_of(source, seed, valid)
+
+# ---- numbers for the data
+
+def test_numbers_for_small_and_large_objects():
+    def scaled(k): return [Sample(np.kron(s.image, np.ones((k, k, 1), np.uint8)), Instances.from_masks(np.kron(s.instances.masks(), np.ones((1, k, k), np.uint8)), s.instances.labels), s.name) for s in make_shapes(6, seed=2)]
+    tiny = recommend([replace(s, instances=replace(s.instances, boxes=s.instances.boxes / 5)) for s in make_shapes(6, seed=2)])
+    one, six = recommend(scaled(1)), recommend(scaled(6))
+    assert one.enlarge == 1 and one.crop == 128 and six.enlarge < 1 and tiny.enlarge >= 3 and 'enlarge' in str(tiny.reasons)
+    for p in (one, six, tiny):
+        assert p.reach[.5] > .9 and p.reach[.7] > p.reach['paper'][.7] or p.reach[.7] > .9
+        assert p.config['enlarge'] == p.enlarge and len(p.config['rpn']['sizes']) == 5 and sorted(p.sizes) == list(p.sizes) and all(r[-1] == '.' for r in p.reasons)
+
+def test_the_numbers_of_one_set_are_those_of_before():
+    p = recommend(make_shapes(12, 3, 256))
+    assert (p.enlarge, p.crop, p.slots, p.n_rois, p.n_masks, p.n_detections, p.bs, p.epochs) == (1.0, 256, 8, 32, 4, 20, 4, 100)
+
+def test_one_odd_object_does_not_bend_the_anchors():
+    boxes = torch.tensor(np.concatenate([s.instances.boxes for s in make_shapes(8, seed=2)]))
+    odd = torch.tensor([[0., 0, 100, 1], [5, 5, 6, 90]])
+    assert anchors_for(torch.cat([boxes, odd])) == anchors_for(boxes) and len(anchors_for(odd)[0]) == 5
+
+def test_numbers_without_objects_and_without_crowds():
+    p = recommend([EMPTY] * 3)
+    assert p.enlarge == 1 and len(p.sizes) == 5 and p.slots == 8 and p.n_detections == 20
+    crowd = [replace(s, instances=replace(s.instances, labels=-s.instances.labels)) for s in SAMPLES]
+    assert recommend(crowd).slots == 8 and recommend([*SAMPLES, *crowd]).slots == recommend(SAMPLES).slots
+
+@given(st.integers(1, 30), st.integers(10, 60), st.integers(0, 9999))
+@settings(max_examples=60, deadline=None)
+def test_the_fullest_window(n, side, seed):
+    rng = np.random.default_rng(seed)
+    corner = rng.integers(0, 90, (n, 2))
+    boxes = np.concatenate([corner, corner + rng.integers(2, 20, (n, 2))], 1).astype(np.float32)
+    objects = Instances((100, 100), boxes, np.ones(n, np.int64), [np.ones((1, 1), bool)] * n, corner)
+    exact = max(((boxes[:, 0] < x + side) & (boxes[:, 2] > x) & (boxes[:, 1] < y + side) & (boxes[:, 3] > y)).sum() for x in range(0, 100, 3) for y in range(0, 100, 3))
+    assert exact / 4 <= most_in_a_window(objects, side) <= n and most_in_a_window(objects, 300) == n
+
+# ---- bytes changed at random: a sentence or a right answer, whatever the file
+
+def fuzz_places():
+    "Layout -> (writer, the file that is changed)"
+    name = SAMPLES[1].name
+    return dict(coco=(coco_polygons, 'annotations.json'), via=(via_2, 'project.json'), labelme=(labelme, f'{name}.json'), yolo=(yolo, f'labels/{name}.txt'),
+        yaml=(yolo, 'data.yaml'), picture=(coco_rle, f'images/{name}.png'), label_map=(label_png, f'labels/{name}.png'), mask=(kaggle, f'stage1_train/{name}/masks/{name}000.png'))
+
+MUTATIONS = int(os.environ.get('MASKRCNN_EDU_FUZZ', 100))
+
+@pytest.mark.parametrize('place', fuzz_places())
+def test_changed_bytes_are_examined(place, tmp_path):
+    write, name = fuzz_places()[place]
+    write(SAMPLES[1:4], tmp_path/'set')
+    data, outside = (tmp_path/'set'/name).read_bytes(), lambda: sorted(p for p in tmp_path.iterdir())
+    before = outside()
+    for changed in mutations(data, MUTATIONS, seed=17):
+        (tmp_path/'set'/name).write_bytes(changed)
+        with within(10): found = silent(examine, tmp_path/'set')
+        assert all(isinstance(f, Fault) and f.file and f.fault and f.action and '\n' not in f'{f.file}{f.action}' for f in found), found
+        if not any(f.stops for f in found):
+            try: silent(open_part, tmp_path/'set')
+            except DataError as e: one_sentence(e, 'set')
+    assert outside() == before
