@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['fault_of', 'objects_of', 'assemble', 'void_of', 'doubtful', 'name_odd', 'read_picture', 'look', 'look_once', 'Source',
-           'inspect', 'note_twin', 'leave_out_twins', 'too_little', 'nothing_to_learn', 'one_picture', 'unused_classes']
+           'note_twin', 'leave_out_twins', 'one_picture', 'unused_classes', 'too_little', 'nothing_to_learn', 'inspect']
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp0
+# %% ../../nbs/37b_doctor.ipynb #37d00003
 import hashlib, os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .shapes import Sample
 from .truth import RIM, cut_object, is_void, suspicions, twice
 from ..instances import Instances
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp1
+# %% ../../nbs/37b_doctor.ipynb #37d1fault
 def fault_of(
     record, # ImageRecord
     error, # DataError that was raised while it was read
@@ -31,6 +31,7 @@ def fault_of(
     named = str(error).partition(': ')[0]  # a path without a folder, or no path at all
     return from_error('' if Path(named).is_file() else record.path, error)
 
+# %% ../../nbs/37b_doctor.ipynb #37d1obj
 def objects_of(
     record, # ImageRecord
     size, # (H,W)
@@ -51,7 +52,7 @@ def objects_of(
             say(f'{o.where}: {e}', 'object dropped')
     return cuts
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp2
+# %% ../../nbs/37b_doctor.ipynb #37d1asm
 def assemble(
     cuts, # list of Cut
     size, # (H,W)
@@ -65,12 +66,8 @@ def assemble(
         np.array([c.origin for c in cuts], np.int64).reshape(-1, 2),
     )
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp3
-def void_of(
-    record, # ImageRecord
-    cuts, # list of Cut
-    objects, # Instances, the same
-): # index of the object with the number 255, if it is none, or None
+# %% ../../nbs/37b_doctor.ipynb #37d1doubt
+def void_of(record, cuts, objects): # index of the object 255 if it is none, or None
     "The band that Pascal VOC draws around objects, where a label map has one."
     names = [c.record.where for c in cuts]
     if record.more is None or len(cuts) < 2 or 'object 255' not in names: return None
@@ -95,6 +92,7 @@ def doubtful(
              [n for i, n in enumerate(names) if i not in out], say)
     return out
 
+# %% ../../nbs/37b_doctor.ipynb #37d1doubtb
 def name_odd(
     odd, # dict index -> list of (fault, action)
     names, # of the objects
@@ -109,7 +107,7 @@ def name_odd(
     for i, found in odd.items():
         for fault, action in found: say(f'{names[i]}: {fault}', action)
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp4
+# %% ../../nbs/37b_doctor.ipynb #37d1pix
 def read_picture(
     record, # ImageRecord
 ): # (H,W,C) uint8, notes; DataError names the file
@@ -124,7 +122,7 @@ def read_picture(
         )
     return image, pixels.notes
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp5
+# %% ../../nbs/37b_doctor.ipynb #37d1look
 def look(
     record, # ImageRecord
     classes, # names, 'background' first
@@ -138,6 +136,7 @@ def look(
     again = look_once(replace(record, size=stored), classes)
     return (sample, faults) if any(f.stops for f in again[1]) else again
 
+# %% ../../nbs/37b_doctor.ipynb #37d1lookb
 def look_once(record, classes): # Sample or None, list of Fault
     "Read one image in the frame that its record states."
     records = Records()
@@ -154,7 +153,7 @@ def look_once(record, classes): # Sample or None, list of Fault
     kept = np.setdiff1d(np.arange(len(cuts)), list(out))
     return Sample(image, objects[kept], record.name), records.faults
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp6
+# %% ../../nbs/37b_doctor.ipynb #37d1src
 @dataclass
 class Source:
     "All that was found in a folder or zip."
@@ -181,28 +180,7 @@ class Source:
         return sum(int((s.instances.labels * sign > 0).sum()) for r, s in self.samples.items()
                    if records is None or r in records)
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp7
-def inspect(
-    source, # Source, gets samples and twins
-    keep=lambda sample: sample, # what is kept of a sample
-): # list of Fault, all of them
-    "Look at every image, at pictures that are there twice, and at what is left to learn from."
-    found, first, dropped = list(source.faults), {}, {}
-    for split, records in source.halves.items():
-        for r in records:
-            sample, faults = look(r, source.classes)
-            found += faults
-            lost = sum(f.action == 'object dropped' for f in faults)
-            dropped[split] = dropped.get(split, 0) + lost
-            if sample is None: continue
-            note_twin(source, first, r, sample)
-            source.samples[r] = keep(sample)
-    read = {split: source.count(set(records)) for split, records in source.halves.items()}
-    found += leave_out_twins(source)
-    found += nothing_to_learn(source, dropped, read) + unused_classes(source)
-    return list(dict.fromkeys(replace(f, file=source.shown(f.file)) for f in found))
-
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp8
+# %% ../../nbs/37b_doctor.ipynb #37d1twin
 def note_twin(source, first, record, sample):
     "Remember the first record with this picture."
     key = hashlib.sha1(sample.image.tobytes() + str(sample.image.shape).encode()).digest()
@@ -229,7 +207,39 @@ def leave_out_twins(
             out.append(Fault(str(r.path), fault, action))
     return out
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp9
+# %% ../../nbs/37b_doctor.ipynb #37d1only
+def one_picture(
+    source, # Source
+): # list of Fault, one or none
+    "Data without a split of which no two halves can be made."
+    good = {source.twins[r] for r, s in source.samples.items() if (s.instances.labels > 0).any()}
+    if list(source.halves) != ['all'] or len(good) > 1: return []
+    different = len({source.twins[r] for r in source.samples})
+    fault = 'only one image has objects' if different > 1 else 'only one image'
+    if different == 1 < len(source.samples): fault = 'all images are the same picture'
+    return [Fault(str(source.root), fault, 'enough to evaluate; training needs at least two '
+                  'different images with objects')]
+
+# %% ../../nbs/37b_doctor.ipynb #37d1onlyb
+def unused_classes(
+    source, # Source
+): # list of Fault
+    "Classes without an object, and names that are alike but for case and spaces."
+    used = {int(k) for s in source.samples.values() for k in np.unique(abs(s.instances.labels))}
+    empty = [c for k, c in enumerate(source.classes) if k and k not in used]
+    out, alike = [], {}
+    if empty and len(empty) < len(source.classes) - 1:
+        out.append((f"no object of the class {', '.join(map(repr, empty))}",
+                    'kept as a class; remove it from the categories if it is none'))
+    for c in source.classes[1:]:
+        key = ''.join(ch for ch in c.casefold() if ch.isalnum()) or c
+        alike.setdefault(key, []).append(c)
+    out += [(f"the class names {', '.join(map(repr, names))} are alike",
+             'read as different classes; write them alike if they are one')
+            for names in alike.values() if len(names) > 1]
+    return [Fault(str(source.root), fault, action) for fault, action in out]
+
+# %% ../../nbs/37b_doctor.ipynb #37d1no
 def too_little(
     left, # objects that can be learned
     dropped, # objects that were dropped for a fault
@@ -251,6 +261,7 @@ def too_little(
         return (f'{dropped} of {dropped + read} objects{where} cannot be used',
                 'mend the faults that are named, then train')
 
+# %% ../../nbs/37b_doctor.ipynb #37d1nob
 def nothing_to_learn(
     source, # Source
     dropped, # dict split -> objects that were dropped
@@ -265,33 +276,23 @@ def nothing_to_learn(
         if why: out.append(Fault(str(source.root), *why, True))
     return out or one_picture(source)
 
-# %% ../../nbs/37b_doctor.ipynb #37d1tmp10
-def one_picture(
-    source, # Source
-): # list of Fault, one or none
-    "Data without a split of which no two halves can be made."
-    good = {source.twins[r] for r, s in source.samples.items() if (s.instances.labels > 0).any()}
-    if list(source.halves) != ['all'] or len(good) > 1: return []
-    different = len({source.twins[r] for r in source.samples})
-    fault = 'only one image has objects' if different > 1 else 'only one image'
-    if different == 1 < len(source.samples): fault = 'all images are the same picture'
-    return [Fault(str(source.root), fault, 'enough to evaluate; training needs at least two '
-                  'different images with objects')]
-
-def unused_classes(
-    source, # Source
-): # list of Fault
-    "Classes without an object, and names that are alike but for case and spaces."
-    used = {int(k) for s in source.samples.values() for k in np.unique(abs(s.instances.labels))}
-    empty = [c for k, c in enumerate(source.classes) if k and k not in used]
-    out, alike = [], {}
-    if empty and len(empty) < len(source.classes) - 1:
-        out.append((f"no object of the class {', '.join(map(repr, empty))}",
-                    'kept as a class; remove it from the categories if it is none'))
-    for c in source.classes[1:]:
-        key = ''.join(ch for ch in c.casefold() if ch.isalnum()) or c
-        alike.setdefault(key, []).append(c)
-    out += [(f"the class names {', '.join(map(repr, names))} are alike",
-             'read as different classes; write them alike if they are one')
-            for names in alike.values() if len(names) > 1]
-    return [Fault(str(source.root), fault, action) for fault, action in out]
+# %% ../../nbs/37b_doctor.ipynb #37d1insp
+def inspect(
+    source, # Source, gets samples and twins
+    keep=lambda sample: sample, # what is kept of a sample
+): # list of Fault, all of them
+    "Look at every image, at pictures that are there twice, and at what is left to learn from."
+    found, first, dropped = list(source.faults), {}, {}
+    for split, records in source.halves.items():
+        for r in records:
+            sample, faults = look(r, source.classes)
+            found += faults
+            lost = sum(f.action == 'object dropped' for f in faults)
+            dropped[split] = dropped.get(split, 0) + lost
+            if sample is None: continue
+            note_twin(source, first, r, sample)
+            source.samples[r] = keep(sample)
+    read = {split: source.count(set(records)) for split, records in source.halves.items()}
+    found += leave_out_twins(source)
+    found += nothing_to_learn(source, dropped, read) + unused_classes(source)
+    return list(dict.fromkeys(replace(f, file=source.shown(f.file)) for f in found))
