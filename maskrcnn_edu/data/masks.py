@@ -176,9 +176,9 @@ def outline_parts(
     if all(is_number(x) for x in segmentation): return [segmentation] if segmentation else []
     if all(is_pair(p) for p in segmentation):
         return [[v for p in segmentation for v in ((p['x'], p['y']) if isinstance(p, dict) else p)]]
+    loose = [s for s in segmentation if not isinstance(s, (list, dict))]
     nested = [s for s in segmentation if isinstance(s, (list, dict))]
-    if len(nested) < len(segmentation): return [segmentation]  # with something that is no number
-    return [part for s in nested for part in outline_parts(s, deep - 1)]
+    return [p for s in nested for p in outline_parts(s, deep - 1)] + [loose] * bool(loose)
 
 # %% ../../nbs/32_masks.ipynb #32a00010
 class Drawn(NamedTuple):
@@ -199,7 +199,7 @@ def draw_segmentation(
         except DataError: raise
         except (ValueError, TypeError, OverflowError) as e: faults.append(str(e))
     if not masks: raise ValueError(f'mask cannot be decoded ({faults[0]})')
-    text = any(isinstance(x, str) for p in parts if isinstance(p, list) for x in p)
+    text = any(isinstance(x, str) and is_number(x) for p in parts if isinstance(p, list) for x in p)
     notes = [(f'a piece is no outline ({f})', 'the piece left out') for f in faults]
     notes += [('coordinates written as text', 'read as numbers')] * text
     return Drawn(np.maximum.reduce(masks), tuple(dict.fromkeys(notes)))
