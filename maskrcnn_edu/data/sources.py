@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['JSON_PROGRAMS', 'FILE_PROGRAMS', 'LAYOUTS', 'Program', 'has', 'first', 'program_of_json', 'known_program', 'kind_at',
            'jsons_of', 'coco_halves', 'mask_places', 'label_places', 'Layout', 'each', 'read_via', 'read_label_maps',
-           'layout_of', 'find', 'nothing_known', 'recognise', 'scan', 'merge_twins', 'damaged_jsons', 'other_parts',
-           'unknown_files', 'same_names']
+           'layout_of', 'find', 'nothing_known', 'recognise', 'merge_twins', 'damaged_jsons', 'other_parts',
+           'unknown_files', 'same_names', 'scan']
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_0
+# %% ../../nbs/38_sources.ipynb #38s00003
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ from maskrcnn_edu.data.programs import (
 from .records import Fault, from_error
 from .via import read_via_json, via_rows
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_1
+# %% ../../nbs/38_sources.ipynb #38s1prog
 class Program(NamedTuple):
     "A program whose files are not read, and what to export from it instead."
     name: str
@@ -44,7 +44,7 @@ def first(found): # its first row
     "The first row of a list, if it is one."
     return found[0] if isinstance(found, list) and found else None
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_2
+# %% ../../nbs/38_sources.ipynb #38s1jsons
 JSON_PROGRAMS = [
     Program('VIA 3', lambda f: has(f, 'project', 'attribute', 'metadata', 'view'),
             'open the project in VIA 2 or outline there, and export annotations as json or COCO'),
@@ -67,12 +67,12 @@ JSON_PROGRAMS = [
         first(f), 'geometry'), 'export label maps, images/NAME.png with labels/NAME.png'),
 ]
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_3
+# %% ../../nbs/38_sources.ipynb #38s1pjson
 def program_of_json(found): # Program, or None
     "The program that wrote a json."
     return next((p for p in JSON_PROGRAMS if p.is_its(found)), None)
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_4
+# %% ../../nbs/38_sources.ipynb #38s1files
 FILE_PROGRAMS = [
     ('*.xml', b'MicronsPerPixel', 'Aperio ImageScope (xml)', 'export label maps, images/NAME.png '
      'with labels/NAME.png'),
@@ -93,7 +93,7 @@ FILE_PROGRAMS = [
       for kind in ('nd2', 'czi', 'lif', 'oib', 'lsm')),
 ]
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_5
+# %% ../../nbs/38_sources.ipynb #38s1known
 def known_program(folder): # sentence, or None
     "What wrote the files of a folder that no reader is for, and what to export instead."
     for path in json_files(folder):
@@ -107,7 +107,7 @@ def known_program(folder): # sentence, or None
                 return f'{path}: this is {name}, which is not read here; {advice}'
     return None
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_6
+# %% ../../nbs/38_sources.ipynb #38s1kind
 @functools.lru_cache(maxsize=None)
 def kind_at(path, changed): # 'coco', 'via', 'damaged' or None
     "What a json is, looked at once as long as it does not change."
@@ -121,7 +121,7 @@ def jsons_of(folder, kind): # list of path
     "The jsons of a kind."
     return [p for p in json_files(folder) if kind_at(p, p.stat().st_mtime_ns) == kind]
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_7
+# %% ../../nbs/38_sources.ipynb #38s1halves
 def coco_halves(
     folder, # path
     class_from=None, # of VIA only
@@ -140,7 +140,7 @@ def coco_halves(
         if p not in used: out[min(out)][0].say(p, 'a json beside those that are used', 'not used')
     return out
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_8
+# %% ../../nbs/38_sources.ipynb #38s1lay
 def mask_places(folder): # bool
     "Are there folders with a mask file an object?"
     if image_files(folder_named(folder, 'images')):
@@ -151,7 +151,7 @@ def label_places(folder): # dict split -> two folders
     "Where pictures and label maps lie."
     return paired_folders(folder, LABELS, lambda f: bool(image_files(f)))
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_9
+# %% ../../nbs/38_sources.ipynb #38s1layc
 class Layout(NamedTuple):
     "A way to lay out a data set."
     name: str
@@ -171,7 +171,7 @@ def read_label_maps(folder, class_from): # dict split -> list of Records
     "Label maps, whole or in halves."
     return each({s: read_label_folders(*pair) for s, pair in label_places(folder).items()})
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_10
+# %% ../../nbs/38_sources.ipynb #38s1list
 LAYOUTS = [
     Layout('coco', 'annotations.json or annotations/*.json with images, annotations and '
            'categories (COCO)', lambda f: bool(jsons_of(f, 'coco')), coco_halves),
@@ -194,7 +194,7 @@ def layout_of(folder): # Layout or None
     "The layout of one folder."
     return next((l for l in LAYOUTS if l.is_here(folder)), None)
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_11
+# %% ../../nbs/38_sources.ipynb #38s1find
 def find(
     path, # folder or zip
 ): # Layout, dict split -> folder; DataError says what was looked for
@@ -213,7 +213,7 @@ def find(
         folder = below[0]
     raise DataError(nothing_known(path, folder))
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_12
+# %% ../../nbs/38_sources.ipynb #38s1noth
 def nothing_known(path, folder): # str
     "What is there instead of a data set."
     for p in jsons_of(folder, 'damaged'):
@@ -230,28 +230,7 @@ def recognise(
     "The name of the layout."
     return find(path)[0].name
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_13
-def scan(
-    path, # folder or zip
-    class_from=None, # attribute that holds the class, for VIA
-): # Source
-    "Everything that is in a folder or zip; no image is read yet."
-    layout, folders = find(path)
-    halves = {}
-    for split, folder in folders.items():
-        for name, found in layout_of(folder).read(folder, class_from).items():
-            halves.setdefault(split if len(folders) > 1 else name, []).extend(found)
-    everything = [r for found in halves.values() for r in found]
-    classes = dict.fromkeys(['background', *(c for r in everything for c in r.classes)])
-    images = {s: merge_twins([i for r in found for i in r.images])
-              for s, found in sorted(halves.items())}
-    source = Source(Path(path), open_folder(path), layout.name, images, list(classes),
-                    [f for r in everything for f in r.faults])
-    source.faults += damaged_jsons(layout, folders) + other_parts(folders)
-    source.faults += unknown_files(source) + same_names(source)
-    return source
-
-# %% ../../nbs/38_sources.ipynb #qqtmp38_14
+# %% ../../nbs/38_sources.ipynb #38s1twin
 def merge_twins(images): # list of ImageRecord, each file once
     "An image that two jsons speak of is one image with all its objects."
     by_file = {}
@@ -260,7 +239,7 @@ def merge_twins(images): # list of ImageRecord, each file once
         else: by_file[r.path] = r
     return list(by_file.values())
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_15
+# %% ../../nbs/38_sources.ipynb #38s1rest
 def damaged_jsons(layout, folders): # list of Fault
     "Jsons beside the others that cannot be read."
     out = []
@@ -286,7 +265,7 @@ def unknown_files(source): # list of Fault
     beside = {p for folder in {p.parent for p in known} for p in image_files(folder)}
     return [Fault(str(p), 'an image without an entry', 'not used') for p in sorted(beside - known)]
 
-# %% ../../nbs/38_sources.ipynb #qqtmp38_16
+# %% ../../nbs/38_sources.ipynb #38s1same
 def same_names(source): # list of Fault
     "Names that differ only in case, or not even in that."
     out, first = [], {}
@@ -298,3 +277,24 @@ def same_names(source): # list of Fault
                 'both kept; rename one before other systems mix them up',
             ))
     return out
+
+# %% ../../nbs/38_sources.ipynb #38s1scan
+def scan(
+    path, # folder or zip
+    class_from=None, # attribute that holds the class, for VIA
+): # Source
+    "Everything that is in a folder or zip; no image is read yet."
+    layout, folders = find(path)
+    halves = {}
+    for split, folder in folders.items():
+        for name, found in layout_of(folder).read(folder, class_from).items():
+            halves.setdefault(split if len(folders) > 1 else name, []).extend(found)
+    everything = [r for found in halves.values() for r in found]
+    classes = dict.fromkeys(['background', *(c for r in everything for c in r.classes)])
+    images = {s: merge_twins([i for r in found for i in r.images])
+              for s, found in sorted(halves.items())}
+    source = Source(Path(path), open_folder(path), layout.name, images, list(classes),
+                    [f for r in everything for f in r.faults])
+    source.faults += damaged_jsons(layout, folders) + other_parts(folders)
+    source.faults += unknown_files(source) + same_names(source)
+    return source
