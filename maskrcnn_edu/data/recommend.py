@@ -195,6 +195,8 @@ def recommend(
     fullest = [most_in_a_window(o, crop / (SCALES[0] * found.enlarge)) for o in found.objects]
     numbers = dict(enlarge=found.enlarge, crop=crop) | anchor_numbers(found)
     numbers |= count_numbers(found, fullest, 8 if crop <= 128 else 4)
+    side = crop / (SCALES[0] * found.enlarge)  # crowds need a slot too
+    numbers['slots'] = round_up(max(most_in_a_window(s.instances, side) for s in train), 8, 8, 128)
     counts = found.counts
     said = (f'{len(counts)} images with {sum(counts)} objects; {sum(c == 0 for c in counts)} of '
             f'the images have none.')
