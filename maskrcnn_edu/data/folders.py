@@ -143,6 +143,7 @@ def read_mask_folders(
     name_classes(records)
     return records
 
+# %% ../../nbs/35b_folders.ipynb #35b00136
 def one_class_if_unnamed(
     records, # Records, gets the faults
     folder, # for messages

@@ -280,6 +280,7 @@ def is_lossy(
     with open(path, 'rb') as f: head = f.read(16)
     return head[:2] == b'\xff\xd8' or head[8:16] == b'WEBPVP8 '
 
+# %% ../../nbs/32_masks.ipynb #32a00150
 def draw_file(
     path, # of a mask file
     size, # (H,W)
