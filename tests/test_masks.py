@@ -17,7 +17,7 @@ from fuzz import mutations, one_sentence, within
 from maskrcnn_edu.data import DataError, Instances, examine, open_dataset
 from maskrcnn_edu.data.folders import label_pairs, mask_class, plain_stem, read_label_folders, read_mask_folders
 from maskrcnn_edu.data.label_maps import read_label_map
-from maskrcnn_edu.data.masks import draw_ellipse, draw_file, draw_segmentation, polygon_mask, run_lengths, runs, unpack_counts
+from maskrcnn_edu.data.masks import draw_ellipse, draw_file, draw_segmentation, has_flat_greys, polygon_mask, runs, unpack_counts
 
 CASES = 40   # of each format in the suite; 1,000 of each were run once
 
@@ -109,7 +109,7 @@ def file_comes_back(name, n, folder, seed=0):
     for _ in range(n):
         m = random_mask(rng)
         write(m, path)
-        found = draw_file(path, m.shape)
+        with warnings.catch_warnings(action='error'): found = draw_file(path, m.shape)
         assert found.mask.shape == m.shape and (found.mask == m).all(), m.astype(int)
 
 @pytest.mark.parametrize('name', MASK_FILES)
@@ -149,7 +149,7 @@ def labels_come_back(name, n, folder, seed=0):
         x = random_labels(rng)
         if name in ('png RGBA', 'tif planar RGB', 'png RGB', 'webp, lossless'): x[0, 0] = 0   # without black the ground is guessed, and said
         write(x, path)
-        found = read_label_map(path, x.shape)
+        with warnings.catch_warnings(action='error'): found = read_label_map(path, x.shape)
         assert found.notes == () and found.numbers.dtype == np.int64 and same_objects(x, found.numbers), x
         ids = np.unique(found.numbers[found.numbers > 0])
         for i, m in zip(ids, Instances.from_label_map(found.numbers).masks(), strict=True): assert (m == (found.numbers == i)).all()
@@ -432,6 +432,23 @@ def test_names_of_folders_in_any_spelling(tmp_path):
     (lambda m, p: p.write_bytes(b'\x89PNG'), 'cannot be read'), (lambda m, p: p.write_bytes(b''), 'empty')])
 def test_mask_files_that_stop(write, words, tmp_path):
     stops(mask_set(tmp_path/'set', write), words)
+
+def test_soft_edges_are_slopes_and_label_maps_are_flat():
+    "A blurred mask is a mask, also with all 256 levels in it; two objects of two pixels across are a label map"
+    y, x = np.mgrid[:256, :256]
+    for r in (20, 40, 90):
+        for shape in (np.hypot(y - 128, x - 128) < r, (abs(y - 128) < r) & (abs(x - 128) < r)):
+            for blur in (.5, 1, 3, r / 4, r * .6): assert not has_flat_greys(ndimage.gaussian_filter(shape * 255., blur).astype(np.uint8)), (r, blur)
+            for quality in (20, 60, 95):
+                pillow(shape * np.uint8(255), b := io.BytesIO(), format='JPEG', quality=quality)
+                assert not has_flat_greys(np.asarray(Image.open(b)))
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 40, 200):
+        for r in (2, 5, 12):
+            labels = np.zeros((256, 256), int)
+            for k, (cy, cx) in enumerate(rng.integers(0, 256, (n, 2)), 1): labels[np.hypot(y - cy, x - cx) <= r] = k
+            assert has_flat_greys(labels), (n, r)
+    assert not has_flat_greys(np.zeros((0, 5))) and not has_flat_greys(np.ones((1, 1)))
 
 def test_pictures_without_masks_and_masks_without_pictures(tmp_path):
     folder = mask_set(tmp_path/'set', png255)
