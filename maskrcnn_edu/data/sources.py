@@ -77,14 +77,14 @@ FILE_PROGRAMS = [
     ('*.xml', b'MicronsPerPixel', 'Aperio ImageScope (xml)', 'export label maps, images/NAME.png '
      'with labels/NAME.png'),
     ('*.xml', b'<annotations', 'CVAT for images (xml)', 'export COCO 1.0 from CVAT'),
-    ('*.xml', b'<annotation>', 'Pascal VOC boxes (xml), which have no masks',
+    ('*.xml', b'<annotation>', 'Pascal VOC boxes without masks (xml)',
      'export masks: COCO, or VOC with SegmentationObject'),
     ('*.ndjson', b'data_row', 'Labelbox (ndjson)', 'export COCO from Labelbox'),
     ('*.geojson', b'', 'GeoJSON (QuPath and others)', 'export label maps, images/NAME.png with '
      'labels/NAME.png'),
     ('*.tfrecord*', b'', 'TFRecord', 'export COCO'),
     ('*.csv', b'region_shape_attributes', 'a csv of VIA', 'export annotations as json from VIA'),
-    ('*.csv', b'class', 'a csv of boxes (Roboflow, TensorFlow), which have no masks',
+    ('*.csv', b'class', 'a csv of boxes without masks (Roboflow, TensorFlow)',
      'export COCO segmentation from Roboflow'),
     ('*.roi', b'Iout', 'ImageJ regions (roi)', 'export a label map from ImageJ (LabelsToRois)'),
     ('*_seg.npy', b'NUMPY', 'Cellpose (_seg.npy)', 'save masks as PNG or TIFF from Cellpose and '
