@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'STEPS', 'PAPER', 'best_enlargement', 'most_in_a_window', '
            'Recommendation', 'Measured', 'measure', 'anchor_numbers', 'count_numbers', 'why_sizes', 'why_counts',
            'recommend']
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_0
+# %% ../../nbs/39_recommend.ipynb #39p00003
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from ..anchor_sizes import nearest_anchor_iou, recommend_anchors
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_1
+# %% ../../nbs/39_recommend.ipynb #39p1enl
 SCALES = (.8, 1., 1.25) # at which a training piece is seen, times the enlargement
 STEPS = (1/8, 1/6, 1/4, 1/3, 1/2, 2/3, 1., 1.5, 2., 3., 4.)
 
@@ -32,7 +32,7 @@ def best_enlargement(
         return next(s for s in STEPS if s == 1 or median * s >= most / 2 and tenth * s >= small)
     return next((s for s in STEPS if s >= 1 and median * s >= least), STEPS[-1])
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_2
+# %% ../../nbs/39_recommend.ipynb #39p1win
 def most_in_a_window(
     instances, # Instances
     side, # of a square window, pixels
@@ -52,7 +52,7 @@ def round_up(
     "The next multiple of a step, within limits."
     return int(min(most, max(least, -(-x // step) * step)))
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_3
+# %% ../../nbs/39_recommend.ipynb #39p1anc
 PAPER = ((32,), (64,), (128,), (256,), (512,)), (.5, 1., 2.)
 
 def anchors_for(
@@ -75,7 +75,7 @@ def reached(
     best = nearest_anchor_iou(boxes, sizes, ratios).amax((1, 2)) if len(boxes) else torch.zeros(0)
     return {iou: float((best >= iou).float().mean()) if len(best) else 0. for iou in (.5, .7)}
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_4
+# %% ../../nbs/39_recommend.ipynb #39p1rec
 @dataclass(frozen=True)
 class Recommendation:
     "Numbers for a model and its training, and why."
@@ -102,7 +102,7 @@ class Recommendation:
             head=dict(n_rois=self.n_rois, n_masks=self.n_masks),
             detection=dict(n_detections=self.n_detections))
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_5
+# %% ../../nbs/39_recommend.ipynb #39p1meas
 @dataclass
 class Measured:
     "Sizes and counts of the objects of a data set; crowds teach no size and are left out."
@@ -126,7 +126,7 @@ def measure(
     return Measured(objects, boxes, median, best_enlargement(sides),
                     float(np.median([o.size for o in objects])))
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_6
+# %% ../../nbs/39_recommend.ipynb #39p1num
 def anchor_numbers(
     found, # Measured
 ): # dict
@@ -150,7 +150,7 @@ def count_numbers(
         epochs=round_up(1500 * bs / len(found.objects), 10, 20, 100),
     )
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_7
+# %% ../../nbs/39_recommend.ipynb #39p1why
 def why_sizes(
     n, # dict of the numbers
     found, # Measured
@@ -169,6 +169,7 @@ def why_sizes(
         f"{paper[.5]:.0%} and {paper[.7]:.0%}.",
     ]
 
+# %% ../../nbs/39_recommend.ipynb #39p1whyc
 def why_counts(
     n, # dict of the numbers
     counts, # objects of each image
@@ -184,7 +185,7 @@ def why_counts(
         f"epochs {n['epochs']}: one is {-(-len(counts) // n['bs'])} steps of {n['bs']} pieces.",
     ]
 
-# %% ../../nbs/39_recommend.ipynb #qqtmp39_8
+# %% ../../nbs/39_recommend.ipynb #39p1recommend
 def recommend(
     train, # InstanceDataset
 ): # Recommendation
@@ -195,8 +196,6 @@ def recommend(
     fullest = [most_in_a_window(o, crop / (SCALES[0] * found.enlarge)) for o in found.objects]
     numbers = dict(enlarge=found.enlarge, crop=crop) | anchor_numbers(found)
     numbers |= count_numbers(found, fullest, 8 if crop <= 128 else 4)
-    side = crop / (SCALES[0] * found.enlarge)  # crowds need a slot too
-    numbers['slots'] = round_up(max(most_in_a_window(s.instances, side) for s in train), 8, 8, 128)
     counts = found.counts
     said = (f'{len(counts)} images with {sum(counts)} objects; {sum(c == 0 for c in counts)} of '
             f'the images have none.')
