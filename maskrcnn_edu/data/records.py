@@ -6,6 +6,7 @@
 __all__ = ['Fault', 'from_error', 'ObjectRecord', 'ImageRecord', 'Records', 'name_classes', 'InstanceDataset']
 
 # %% ../../nbs/33_records.ipynb #33r00003
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,12 @@ def from_error(
 ): # Fault that stops
     "An error as a fault of the file that it names."
     text = str(error)
-    if text.startswith(str(file)):  # that file, or one inside of that folder
-        inside, _, text = text.removeprefix(str(file)).partition(': ')
-        file = f'{file}{inside}'
+    parts = text.split(': ')  # a name may hold a colon: the longest that is there is meant
+    names = [': '.join(parts[:i]) for i in range(1, len(parts))]
+    names = [n for n in names if n.startswith(str(file))]
+    if names:  # that file, or one inside of that folder
+        file = next(filter(os.path.exists, reversed(names)), names[0])
+        text = text.removeprefix(f'{file}: ')
     fault, _, action = text.partition('; ')
     return Fault(str(file), fault, action or 'correct it', True)
 
