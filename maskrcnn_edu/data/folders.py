@@ -120,9 +120,7 @@ def mask_class(
     word = re.fullmatch(r'([^\W\d_]+(?:[ _-][^\W\d_]+)*)[_ -]\d+', file.stem)
     kind = inside[0] if len(inside) > 1 else word and without_words(word[1])
     if not kind or kind.casefold() in NOT_A_CLASS: return None
-    own = ''.join(words(name))
-    same = one_spelling(kind) == one_spelling(name) or own and ''.join(words(kind)) == own
-    return None if same else kind
+    return None if words(kind) and words(kind) == words(name) else kind
 
 # %% ../../nbs/35b_folders.ipynb #35b00115
 def read_mask_folders(
