@@ -235,6 +235,12 @@ def test_two_jsons_and_one_to_test(tmp_path):
     (tmp_path/'set'/'annotations'/'instances_train.json').rename(tmp_path/'set'/'annotations'/'mine.json'), (tmp_path/'set'/'annotations'/'instances_val.json').unlink()
     assert len(scan(tmp_path/'set').halves['all']) == 3   # a json to test is nothing to learn from
 
+def test_two_jsons_of_the_same_pictures_are_one_image_each(tmp_path):
+    coco_case(tmp_path/'set', lambda d: d.update(annotations=d['annotations'][::2]), json_name='annotations/one.json')
+    coco_case(tmp_path/'set', lambda d: d.update(annotations=d['annotations'][1::2]), json_name='annotations/two.json')
+    found, taken = open_part(tmp_path/'set')
+    assert [len(s.instances) for s in found] == [2, 2, 2] and taken == 'all'
+
 def test_nothing_fits(tmp_path):
     (tmp_path/'set').mkdir(), (tmp_path/'set'/'notes.txt').write_text('x')
     for f in (recognise, open_dataset, scan):
@@ -810,6 +816,7 @@ def test_same_picture_is_never_on_both_sides(tmp_path):
     for seed in range(6):
         train, valid = open_dataset(tmp_path/'set', seed, valid=.4)
         assert len(train) + len(valid) == 9 and not (any(n[:4] == 'twin' for n in train.names) and any(n[:4] == 'twin' for n in valid.names))
+        assert len({n[:4] if n[:4] == 'twin' else n for n in valid.names}) == 2   # of four different pictures
 
 @given(st.lists(st.booleans(), min_size=2, max_size=9).filter(lambda x: sum(x) > 1), st.integers(0, 99), st.sampled_from([.1, .2, .5]))
 @settings(max_examples=80, deadline=None)
@@ -838,6 +845,8 @@ def test_numbers_for_small_and_large_objects():
 def test_the_numbers_of_one_set_are_those_of_before():
     p = recommend(make_shapes(12, 3, 256))
     assert (p.enlarge, p.crop, p.slots, p.n_rois, p.n_masks, p.n_detections, p.bs, p.epochs) == (1.0, 256, 8, 32, 4, 20, 4, 100)
+    q = recommend(make_shapes(12, 3, 256, 'crowded'))
+    assert (q.slots, q.n_rois, q.n_masks, q.n_detections) == CROWDED
 
 def test_one_odd_object_does_not_bend_the_anchors():
     boxes = torch.tensor(np.concatenate([s.instances.boxes for s in make_shapes(8, seed=2)]))

@@ -1,4 +1,4 @@
-"Images and their objects: from the files that people have to what a model learns from. Lessons 02 and 30 to 39."
+"Images and their objects: from the files of people to what a model learns from (02, 30 to 39)."
 from ..instances import Instances
 from .files import DataError, write_atomic
 from .images import read_image, read_pixels, to_picture
