@@ -170,10 +170,17 @@ def test_what_cannot_be_told_is_said(tmp_path):
     put(tmp_path, 'p1/A.png', 'p2/A.png', 'train/7.png', 'img_1.png')
     find = Finder(tmp_path)
     for name, say in (('A.png', '2 files have this name .p1/A.png, p2/A.png.; write the folder'), ('img_1.jpg', 'img_1.png is there; add the file or correct'),
-                      ('valid/7.png', 'missing'), ('', "the file name ''"), ('/', "file name '/'"), ('nothing.png', 'the image is missing, looked for in'), ('a\0b.png', 'missing'),
+                      ('valid/7.png', 'missing'), ('', "the file name ''"), ('/', "file name '/'"), ('nothing.png', 'the image is missing, looked for in'), ("a\0b.png", r"^'a.x00b.png': the image is missing"), ('a\nb.png', r"^'a.nb.png': the image"),
                       ('x' * 5000 + '.png', 'missing')):
         with pytest.raises(DataError, match=say): find(name)
     assert find('p2/A.png') == find('X:\\P2\\a.png') == tmp_path/'p2/A.png' and Finder(tmp_path, [tmp_path/'p1'])('old/A.png') == tmp_path/'p1/A.png'
+
+@pytest.mark.parametrize('name,near', [('img_1.jpg', 'img_1.png'), ('img_1', 'img_1.png'), ('img_7.jpeg', 'img_7.tif'), ('7', '7.png'), ('IMG_1.bmp', 'img_1.png'), ('imgs_1.png', 'img_1.png'), ('x', None)])
+def test_the_near_file_is_named(tmp_path, name, near):
+    "Another ending of the same name is nearer than another number"
+    put(tmp_path, 'img_0.jpg', 'img_1.png', 'img_7.tif', '7.png', 'img_11.jpg')
+    with pytest.raises(DataError) as e: Finder(tmp_path)(name)
+    assert f'; {near} is there; add the file or correct its name' in str(e.value) if near else 'is there' not in str(e.value)
 
 def test_a_picture_of_the_other_half_is_never_taken(tmp_path):
     "The annotations speak of valid, in a folder or by where they lie, and the picture is in train only"

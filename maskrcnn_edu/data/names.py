@@ -142,10 +142,13 @@ def sentence(self: Finder,
 ): # str
     "Why a picture is not found, what is near, and what to do."
     shown = lambda f: f.relative_to(self.root).as_posix()
+    name = name if str(name).isprintable() else repr(name)
     if best:
         some = ', '.join(map(shown, best[:3]))
         return f'{name}: {len(best)} files have this name ({some}); write the folder into the name'
-    close = difflib.get_close_matches(wanted[-1], self.by_name, 1, .6)
+    stem = Path(wanted[-1]).stem  # another ending is nearer than another number
+    close = [n for n in self.by_name if stem in (n, Path(n).stem)]
+    close = close or difflib.get_close_matches(wanted[-1], self.by_name, 1, .6)
     hint = f'; {shown(self.by_name[close[0]][0][1])} is there' if close else ''
     return (f'{name}: the image is missing, looked for in {self.root} and the folders '
             f'inside{hint}; add the file or correct its name')
