@@ -127,6 +127,8 @@ def colours(x):
 
 LABEL_FILES = {f'npy {k}': ('npy', lambda x, p, k=k: np.save(p, x.astype(k))) for k in ('u1', 'u2', 'u4', 'u8', 'i2', 'i4', 'i8', 'f2', 'f4', 'f8', '>u2')} | {
     f'tif {k}': ('tif', lambda x, p, k=k: tifffile.imwrite(p, x.astype(k), photometric='minisblack')) for k in ('u1', 'u2', 'u4', 'u8', 'i2', 'i4', 'i8', 'f2', 'f4', 'f8')} | {
+    'npy i4 from 0 on -1': ('npy', lambda x, p: np.save(p, (np.pad(x, 1) - 1).astype('i4'))),
+    'tif f4 from 0 on -1': ('tif', lambda x, p: tifffile.imwrite(p, (np.pad(x, 1) - 1).astype('f4'))),
     'tif u4, large numbers': ('tif', lambda x, p: tifffile.imwrite(p, (x * 17_000_000).astype('u4'))),
     'npy u8, beyond int64': ('npy', lambda x, p: np.save(p, np.where(x > 0, x.astype('u8') + np.uint64(2**63), np.uint64(0)))),
     'tif lzw': ('tif', lambda x, p: tifffile.imwrite(p, x.astype('u2'), compression='lzw', predictor=True)),
@@ -149,8 +151,9 @@ def labels_come_back(name, n, folder, seed=0):
         x = random_labels(rng)
         if name in ('png RGBA', 'tif planar RGB', 'png RGB', 'webp, lossless'): x[0, 0] = 0   # without black the ground is guessed, and said
         write(x, path)
+        if 'from 0' in name: x = np.pad(x, 1)
         with warnings.catch_warnings(action='error'): found = read_label_map(path, x.shape)
-        assert found.notes == () and found.numbers.dtype == np.int64 and same_objects(x, found.numbers), x
+        assert len(found.notes) == ('from 0' in name) and found.numbers.dtype == np.int64 and same_objects(x, found.numbers), x
         ids = np.unique(found.numbers[found.numbers > 0])
         for i, m in zip(ids, Instances.from_label_map(found.numbers).masks(), strict=True): assert (m == (found.numbers == i)).all()
 
@@ -290,7 +293,15 @@ def with_ground(*colour): return lambda x, p: pillow(np.array([colour, (200, 0, 
     pytest.param('png', with_ground(0, 0, 0), '', id='black ground'),
     pytest.param('npy', lambda x, p: np.save(p, x.astype('i8')), '', id='npy i8'),
     pytest.param('npy', lambda x, p: np.save(p, np.where(x, x, np.nan)), 'no number', id='NaN as ground'),
-    pytest.param('tif', lambda x, p: tifffile.imwrite(p, (x - (x == 0)).astype('i2')), 'negative numbers', id='-1 as ground'),
+    pytest.param('tif', lambda x, p: tifffile.imwrite(p, (x - (x == 0)).astype('i2')), 'negative numbers; read as background', id='-1 as ground'),
+    pytest.param('tif', lambda x, p: tifffile.imwrite(p, (x - 1).astype('i2')), '0 as an object', id='-1 as ground, objects from 0'),
+    pytest.param('npy', lambda x, p: np.save(p, (x - 1).astype('i8')), '0 as an object', id='npy, objects from 0'),
+    pytest.param('npy', lambda x, p: np.save(p, np.choose(x, (-7, 0, 2**63 - 1))), 'numbered anew', id='objects 0 and the largest'),
+    pytest.param('tif', lambda x, p: tifffile.imwrite(p, (x - 1).astype('f4')), '0 as an object', id='float, objects from 0'),
+    pytest.param('npy', lambda x, p: np.save(p, np.where(x, x - 1, np.nan).astype('f2')), '(NaN); read as background, and 0 as an object', id='NaN as ground, objects from 0'),
+    pytest.param('npy', lambda x, p: np.save(p, np.where((x == 0) & (np.arange(W) > 64), np.nan, x - 1.)), '(NaN) and negative', id='NaN and -1 as ground, objects from 0'),
+    pytest.param('npy', lambda x, p: np.save(p, np.where(ndimage.binary_dilation(x, iterations=2) & (x == 0), -1, x)), 'negative numbers; read as background', id='0 as ground, -1 around objects'),
+    pytest.param('npy', lambda x, p: np.save(p, np.where(np.arange(W) == 50, -3, x)), 'negative numbers; read as background', id='0 as ground, -3 along a line'),
     pytest.param('png', png16(0, 0, 300), '', id='16 bits in blue'),
     pytest.param('png', indexed, '', id='palette'),
     pytest.param('png', lambda x, p: indexed(x, p, transparency=0), '', id='palette, transparent ground'),
@@ -313,6 +324,7 @@ def test_label_maps_that_are_read(suffix, write, notes, tmp_path):
     pytest.param('webp', lambda x, p: pillow(colours(x), p), 'WebP', id='webp'),
     pytest.param('npy', lambda x, p: np.save(p, x / 255), 'fractions', id='divided by 255'),
     pytest.param('tif', lambda x, p: tifffile.imwrite(p, ndimage.zoom(x.astype('f4'), 1, order=1) + .25), 'fractions', id='shifted'),
+    pytest.param('npy', lambda x, p: np.save(p, x * 1e300), 'beyond', id='huge floats'),
     pytest.param('png', lambda x, p: pillow(x[:50].astype('u1'), p), '50x130', id='another size'),
     pytest.param('png', lambda x, p: pillow(x.T.astype('u1'), p), '130x120', id='turned'),
     pytest.param('npy', lambda x, p: np.save(p, x.astype(complex)), 'complex', id='complex'),
@@ -328,6 +340,26 @@ def test_label_maps_that_stop(suffix, write, words, tmp_path):
 def test_names_of_label_maps(name, tmp_path):
     "lab_suffix and its kind: matched by what is left of the name"
     assert areas(label_set(tmp_path/'set', lambda x, p: pillow(x.astype('u1'), p), name=name))[1] == GOOD
+
+@pytest.mark.parametrize('name', ['labels', 'Label_Maps', 'masks', 'groundtruth', 'Ground_Truth', 'ground truth', 'gt', 'GT', 'segmentation', 'Segmentations', 'annotations'])
+@pytest.mark.parametrize('halves', [False, True])
+def test_folders_of_label_maps(name, halves, tmp_path):
+    folder = label_set(tmp_path/'set', lambda x, p: pillow(x.astype('u1'), p))
+    (folder/'labels').rename(folder/name)
+    if halves:
+        for where in ('images', name):
+            for half, n in (('train', 'img_0'), ('train', 'img_1'), ('val', 'img_2')):
+                (folder/where/half).mkdir(exist_ok=True)
+                shutil.move(folder/where/f'{n}.png', folder/where/half/f'{n}.png')
+    assert areas(folder) == (['background', 'object'], GOOD)
+    if halves: assert [len(x) for x in open_dataset(folder)] == [2, 1]
+
+def test_a_folder_without_pictures_holds_no_label_maps(tmp_path):
+    put_images(tmp_path/'set')
+    (tmp_path/'set'/'annotations').mkdir()
+    for name in ('readme.txt', 'notes.csv'):
+        (tmp_path/'set'/'annotations'/name).write_text('x')
+        with pytest.raises(DataError, match='no layout that is known'): open_dataset(tmp_path/'set')
 
 def test_label_maps_that_could_be_of_two_images():
     images, maps = [Path(n) for n in ('a_1.png', 'a_2.png', 'b.png')], [Path(n) for n in ('a_1_masks.png', 'mask_a_1.png', 'a_2_mask.tif', 'c.png')]

@@ -21,9 +21,9 @@ from ..instances import Instances
 
 # %% ../../nbs/35b_folders.ipynb #35a00016
 ADDED = {'mask', 'masks', 'cp', 'label', 'labels', 'labelled', 'labeled', 'seg', 'segmentation',
-         'instance', 'instances', 'gt', 'annotation', 'annotations', 'image', 'images', 'img',
-         'ids', 'id', 'map', 'labelmap', 'output', 'groundtruth', 'truth', 'png', 'jpg', 'jpeg',
-         'tif', 'tiff', 'ome'}
+         'segmentations', 'instance', 'instances', 'gt', 'annotation', 'annotations', 'image',
+         'images', 'img', 'ids', 'id', 'map', 'labelmap', 'output', 'groundtruth', 'ground',
+         'truth', 'png', 'jpg', 'jpeg', 'tif', 'tiff', 'ome'}
 
 def one_spelling(
     name, # of a file or folder
@@ -92,9 +92,10 @@ def nested_pairs(folder, records): # list of (name, path of the image, folder of
 def image_folders(
     folder, # path
 ): # list of path
-    "Folders images/ one or more steps below, in any case."
+    "Folders images/ one or more steps below, in any case; not one of halves, as images/train/."
     below = folders_in(folder)
-    found = [d for d in below if d.name.casefold() == 'images']
+    found = [d for d in below if d.name.casefold() == 'images'
+             and (image_files(d) or not folders_in(d))]
     return found or [x for d in below for x in image_folders(d)]
 
 # %% ../../nbs/35b_folders.ipynb #35a00014
@@ -156,7 +157,9 @@ def one_class_if_unnamed(
     for o in objects: o.kind = None
 
 # %% ../../nbs/35b_folders.ipynb #35b00117
-LABELS = 'labels', 'label_maps', 'labelmaps', 'label', 'masks', 'mask'
+LABELS = ('labels', 'label_maps', 'labelmaps', 'label', 'masks', 'mask', 'groundtruth',
+          'ground_truth', 'ground-truth', 'ground truth', 'gt', 'segmentation', 'segmentations',
+          'annotations')
 
 def paired_folders(
     folder, # path
