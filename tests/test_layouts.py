@@ -346,3 +346,10 @@ def test_values_changed_at_random(tmp_path, kind):
             try: repair(folder, tmp_path/f'out{n}')
             except DataError: assert not (tmp_path/f'out{n}').exists()
     assert 20 < opened < 100 and {p.name.rstrip('0123456789') for p in tmp_path.iterdir()} <= {'set', 'out'}
+
+def test_subsets_with_an_underscore_in_their_name(tmp_path):
+    "Case cvat_subset_* and its kind: the same file names in each job"
+    for job in ('job_1', 'job_2'): coco(tmp_path, place=lambda i: f'images/{job}/img_{i}.png', file=f'annotations/instances_{job}.json')
+    for job in ('job_1', 'job_2'):
+        read = read_coco_json(tmp_path/f'annotations/instances_{job}.json')
+        assert not read.faults and {r.path.parent.name for r in read.images} == {job}

@@ -570,3 +570,9 @@ def test_damaged_label_maps(tmp_path):
         found = read_label_map(path, size).numbers
         assert found.shape == size and found.min() >= 0 and len(Instances.from_label_map(found)) <= found.size
     assert min(fuzz_files(tmp_path, 100, read, SOME_LABELS)) > 5
+
+def test_pictures_that_differ_in_case_have_maps_of_their_own(tmp_path):
+    from maskrcnn_edu.data.folders import label_pairs
+    images, maps = [Path('images/A.png'), Path('images/a.png')], [Path('labels/A.tif'), Path('labels/a.tif')]
+    assert label_pairs(images, maps) == dict(zip(images, maps)) == label_pairs(images[::-1], maps)
+    assert label_pairs([Path('images/IMG.PNG')], [Path('labels/img.png')])

@@ -110,7 +110,8 @@ def near_folders(
     path = Path(path)
     above = path.parent.name.casefold() == 'annotations'
     roots = [path.parent.parent, path.parent] if above else [path.parent]
-    names = [path.stem, path.stem.rpartition('_')[2], split_of(path.stem) or path.stem]
+    parts = path.stem.split('_')
+    names = ['_'.join(parts[i:]) for i in range(len(parts))] + [split_of(path.stem) or path.stem]
     folders = []
     for root in roots:
         images = folder_named(root, 'images', 'imgs', 'jpegimages')

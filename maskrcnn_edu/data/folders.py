@@ -44,13 +44,16 @@ def label_pairs(
     maps, # list of path: label maps, or folders of masks
 ): # dict path of an image -> path of its map
     "Maps by the names of their images; where none fits, by what is left without known words."
-    by_name = {}
+    by_name, out = {}, {}
     for m in maps:
-        for name in (m.name, m.stem): by_name.setdefault(one_spelling(name), m)
-    out = {}
+        for name in (m.name, m.stem):
+            by_name.setdefault(one_spelling(name), m)
+            by_name['as it is', name] = m  # a.png and A.png are two pictures on Linux
     for p in images:
-        for name in (p.name, p.stem):
-            if (found := by_name.get(one_spelling(name))) is not None: out[p] = found
+        keys = [('as it is', n) for n in (p.stem, p.name)]
+        keys += [one_spelling(n) for n in (p.stem, p.name)]
+        found = [by_name[k] for k in keys if k in by_name]
+        if found: out[p] = found[0]
     rest = [p for p in images if p not in out], [m for m in maps if m not in out.values()]
     plain = [{}, {}]
     for group, names in zip(rest, plain):
